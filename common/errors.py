@@ -1,0 +1,17 @@
+"""What a user can do wrong, said in one sentence."""
+
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Bad input. The message names the field, what was given, what is allowed and the fix; `projects.run` prints it
+    without a traceback and exits with `exit_code`.
+    """
+
+    exit_code = 2
+
+
+def nearest(name: str, options) -> str:
+    """`"Closest: x. "` when one of `options` looks like `name`, else an empty string."""
+    close = get_close_matches(name, [str(option) for option in options], n=1, cutoff=0.5)
+    return f"Closest: {close[0]}. " if close else ""
