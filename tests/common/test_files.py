@@ -1,0 +1,95 @@
+import errno
+import hashlib
+import os
+
+import pytest
+
+from common import files
+from common.errors import UserError
+
+
+def test_atomic_replaces_and_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+    files.write_text(path, "one")
+    files.write_text(path, "two")
+    assert path.read_text() == "two"
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_failure_inside_the_block_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.bin"
+    files.write_bytes(path, b"old")
+    with pytest.raises(RuntimeError, match="boom"), files.atomic(path) as tmp:
+        assert tmp.parent == path.parent and tmp.suffix == path.suffix
+        tmp.write_bytes(b"half")
+        raise RuntimeError("boom")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "text"])
+def test_full_disk_names_the_path_and_keeps_the_old_file(tmp_path, monkeypatch, where):
+    path = tmp_path / "a.bin"
+    files.write_bytes(path, b"old")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    if where == "fsync":
+
+        def fail(handle):
+            raise full
+
+        monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match=r"a\.bin: the disk is full") as caught, files.atomic(path) as tmp:
+        tmp.write_bytes(b"new")
+        if where == "write":
+            raise full
+        if where == "text":  # torch.save: RuntimeError with the cause in the text only
+            raise RuntimeError("write failed: No space left on device (os error 28)")
+    assert "intact" in str(caught.value)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_real_full_device_is_reported(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+
+    def writer(tmp):
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    with pytest.raises(UserError, match="disk is full"):
+        files.atomic_write(tmp_path / "a", writer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_is_a_file_is_one_sentence(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="Choose another output folder"):
+        files.write_text(tmp_path / "run" / "a.txt", "x")
+
+
+def test_checksums(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"hello")
+    assert files.sha256_file(path) == hashlib.sha256(b"hello").hexdigest()
+    assert files.verify_checksum(path) is None
+    assert files.write_checksum(path) == files.sha256_file(path)
+    assert files.verify_checksum(path) is True
+    path.write_bytes(b"hellp")
+    assert files.verify_checksum(path) is False
+    files.checksum_path(path).write_text("")
+    assert files.verify_checksum(path) is False
+
+
+def test_json_round_trip_and_bad_json(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"σ": [1, 2.5, None]})
+    assert files.read_json(path) == {"σ": [1, 2.5, None]}
+    with pytest.raises(TypeError):
+        files.write_json(path, {"x": object()})
+    assert files.read_json(path) == {"σ": [1, 2.5, None]}
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"a\.json is not readable"):
+        files.read_json(path)
+    with pytest.raises(UserError, match="does not exist"):
+        files.read_json(tmp_path / "none.json")
