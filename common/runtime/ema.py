@@ -1,0 +1,96 @@
+"""Running averages of the weights during training; any number of them side by side, one chosen at test time.
+
+The decay formulas live in `common.diffusion.ema`; here is only the bookkeeping. Lightning's `WeightAveraging` callback
+keeps one average per run, which is not enough to compare EDM2's power-function lengths after the fact.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from common.diffusion.ema import update_
+from common.errors import UserError, nearest
+
+
+class WeightAverages(Callback):
+    """Keeps `averages[name]` of the module's parameters, updated once per optimiser step.
+
+    profiles  name -> decay object of `common.diffusion.ema` with `.decay(step=, batch_size=, images_seen=) -> float`
+    every     update every k optimiser steps with the decay of k steps' worth of images
+
+    Memory: one float copy of the parameters per profile. Buffers are not averaged: evaluation uses the current ones.
+    Saved in the checkpoint under "averages" as plain tensors.
+    """
+
+    def __init__(self, *, profiles: dict, every: int = 1):
+        if every < 1:
+            raise UserError(f"ema.every must be >= 1, got {every}. Set ema.every=1 to update at every step.")
+        self.profiles = dict(profiles)
+        self.every = every
+        self.averages: dict[str, dict[str, Tensor]] = {}
+        self._last_step = 0
+        self._pending: dict | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        restored = self._pending or {}
+        for profile in self.profiles:
+            if profile in restored:
+                self.averages[profile] = {n: t.to(named[n].device) for n, t in restored[profile].items()}
+            else:
+                self.averages[profile] = {n: p.detach().clone() for n, p in named.items()}
+        self._pending = None
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if step == self._last_step or step % self.every:
+            return
+        self._last_step = step
+        batch_size = pl_module.images_per_step * self.every
+        named = dict(pl_module.named_parameters())
+        for profile, decay in self.profiles.items():
+            average = self.averages[profile]
+            beta = decay.decay(step=step, batch_size=batch_size, images_seen=step * pl_module.images_per_step)
+            update_(list(average.values()), [named[name].detach() for name in average], beta)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        checkpoint["averages"] = {profile: dict(tensors) for profile, tensors in self.averages.items()}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        self._pending = checkpoint.get("averages", {})
+
+
+@contextmanager
+def averaged(module: torch.nn.Module, tensors: dict[str, Tensor] | None):
+    """Run the body with `tensors` (parameter name -> value) in place of the module's own; None changes nothing.
+
+    The storages are exchanged, not copied, and exchanged back afterwards, whatever happens inside.
+    """
+    if tensors is None:
+        yield module
+        return
+    named = dict(module.named_parameters())
+    kept = {name: named[name].data for name in tensors}
+    try:
+        for name, value in tensors.items():
+            named[name].data = value.to(kept[name].dtype)
+        yield module
+    finally:
+        for name, value in kept.items():
+            named[name].data = value
+
+
+def choose_average(available: dict, name: str) -> dict | None:
+    """The stored average called `name`, or None for `raw` (the weights as trained)."""
+    if name == "raw":
+        return None
+    if name not in available:
+        options = ["raw", *available]
+        raise UserError(
+            f"The average '{name}' is not in this run. {nearest(name, options)}"
+            f"Set evaluate.average to one of: {', '.join(options)}."
+        )
+    return available[name]
