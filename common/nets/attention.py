@@ -1,0 +1,31 @@
+"""Self-attention over (B*heads, C, N) tensors, shared by every U-Net."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# On one CPU core two plain matrix products win below this many positions (256: 17 ms against 22 ms); the fused kernel
+# wins above (1024: 235 ms against 464 ms), where it also saves the N x N matrix.
+FUSED_FROM = 512
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, fused: bool | None = None) -> Tensor:
+    """softmax(q^T k / sqrt(C)) applied to v: (B*heads, C, N), dtype of v.
+
+    q, k, v  (B*heads, C, N)  channels first; the softmax runs in float32 whatever the dtype, as in EDM
+    fused    None picks the faster of two exact ways: F.scaled_dot_product_attention on accelerators and on long
+             inputs, else the plain products. Always plain under forward-mode differentiation (torch.func.jvp), for
+             which fused kernels have no rule. False forces plain, which a second derivative needs too.
+    """
+    if fused is None:
+        fused = forward_ad._current_level < 0 and (q.device.type != "cpu" or q.shape[2] >= FUSED_FROM)
+    if fused:
+        # Fused kernels want the channels innermost; without these copies torch silently takes its slow path.
+        q, k, v = (t.transpose(1, 2).contiguous().unsqueeze(1) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.bmm(q.to(wide).transpose(1, 2), k.to(wide) / math.sqrt(k.shape[1]))
+    return torch.bmm(v, scores.softmax(dim=2).to(v.dtype).transpose(1, 2))

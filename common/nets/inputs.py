@@ -1,0 +1,90 @@
+"""What every raw network checks before it computes: one clear sentence instead of a shape error deep inside."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError, nearest
+
+
+def check_inputs(
+    net, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None
+) -> Tensor | None:
+    """Class labels ready to use: (B or 1, label_dim), zeros when none are given, None for an unconditional network.
+
+    net             has img_resolution, in_channels, label_dim, augment_dim
+    x               (B, in_channels, img_resolution, img_resolution)
+    noise_labels    (B,) or (1,)
+    class_labels    one-hot (B or 1, label_dim) or None
+    augment_labels  (B or 1, augment_dim) or None
+    Raises UserError when a shape does not fit.
+    """
+    want = (net.in_channels, net.img_resolution, net.img_resolution)
+    if x.ndim != 4 or tuple(x.shape[1:]) != want:
+        raise UserError(
+            f"this network takes images of shape (batch, {want[0]}, {want[1]}, {want[2]}), got {tuple(x.shape)}. "
+            "Set img_resolution and the channel count of the network to those of the data."
+        )
+    batch = x.shape[0]
+    if noise_labels.ndim != 1 or noise_labels.shape[0] not in (1, batch):
+        raise UserError(f"noise_labels must have shape ({batch},) or (1,), got {tuple(noise_labels.shape)}.")
+    _check_labels("class_labels", "label_dim", class_labels, net.label_dim, batch)
+    _check_labels("augment_labels", "augment_dim", augment_labels, net.augment_dim, batch)
+    if not net.label_dim:
+        return None
+    return torch.zeros(1, net.label_dim, device=x.device) if class_labels is None else class_labels
+
+
+def _check_labels(name: str, field: str, labels: Tensor | None, dim: int, batch: int) -> None:
+    if labels is None:
+        return
+    if labels.ndim != 2 or labels.shape[1] != dim or labels.shape[0] not in (1, batch):
+        raise UserError(
+            f"{name} must have shape ({batch}, {dim}) because the network has {field}={dim}, "
+            f"got {tuple(labels.shape)}. Set {field} of the network to the width of the labels."
+        )
+
+
+def check_choice(name: str, value: str, options: Sequence[str]) -> None:
+    """UserError unless value is one of options."""
+    if value not in options:
+        raise UserError(f"{name} must be one of {', '.join(options)}, got {value!r}. {nearest(str(value), options)}")
+
+
+def check_positive(**fields: int) -> None:
+    """UserError unless every field is an integer of at least 1."""
+    for name, value in fields.items():
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{name} must be a whole number of at least 1, got {value!r}. Set {name} to 1 or more.")
+
+
+def check_pyramid(img_resolution: int, channel_mult: Sequence[int], attn_resolutions: Sequence[int]) -> None:
+    """UserError unless the image halves evenly once per level and attention is asked for where a level exists.
+
+    Attention resolutions above the image size are ignored, as in the original, so that defaults fit small images.
+    """
+    if not channel_mult:
+        raise UserError("channel_mult must name at least one level, got []. Set channel_mult to e.g. [1, 2, 2].")
+    halvings = len(channel_mult) - 1
+    if img_resolution % 2**halvings or img_resolution < 2**halvings:
+        raise UserError(
+            f"img_resolution must be a multiple of {2**halvings} because channel_mult has {len(channel_mult)} levels, "
+            f"got {img_resolution}. Resize the images or shorten channel_mult."
+        )
+    levels = [img_resolution >> level for level in range(len(channel_mult))]
+    for res in attn_resolutions:
+        if res <= img_resolution and res not in levels:
+            raise UserError(
+                f"attn_resolutions names {res}, but this network works at {levels}. Choose attention among those."
+            )
+
+
+def attention_heads(channels: int, channels_per_head: int) -> int:
+    """channels / channels_per_head. Raises UserError unless that is a whole number of at least 1."""
+    if channels < channels_per_head or channels % channels_per_head:
+        raise UserError(
+            f"attention over {channels} channels cannot be cut into heads of {channels_per_head}. "
+            f"Set model_channels so that every attention level has a multiple of {channels_per_head} channels."
+        )
+    return channels // channels_per_head

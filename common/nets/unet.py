@@ -1,0 +1,382 @@
+"""The U-Nets of the EDM family: SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM).
+
+EDM (arXiv 2206.00364), table 1 and appendix F, after score_sde (arXiv 2011.13456) and ADM (arXiv 2105.05233). Module
+names are those of the official release, so its weights load by name.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from common.nets.dropout import check_probability, draw_masks, feed_masks, unet_layers
+from common.nets.inputs import check_choice, check_inputs, check_positive, check_pyramid
+from common.nets.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock
+
+
+class UNetBase(nn.Module):
+    """What both U-Nets share: the sizes others read, and dropout masks. Subclasses fill `enc` and `dec`."""
+
+    def __init__(
+        self,
+        *,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int,
+        augment_dim: int,
+        label_dropout: float,
+        dropout: float,
+    ):
+        super().__init__()
+        check_positive(img_resolution=img_resolution, in_channels=in_channels, out_channels=out_channels)
+        check_probability("dropout", dropout)
+        self.img_resolution = img_resolution
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.label_dim = label_dim
+        self.augment_dim = augment_dim
+        self.label_dropout = check_probability("label_dropout", label_dropout) if label_dim else 0
+
+    def _dropout_layers(self) -> list[tuple[float, tuple[int, ...]]]:
+        # The label dropout comes first: it too must agree between two passes.
+        return [(self.label_dropout, (1,))] * bool(self.label_dropout) + unet_layers(self)
+
+    def draw_dropout(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """Bool keep-masks for one training pass over x (B, C, H, W), one row per sample; () when nothing drops."""
+        first = self.enc[f"{self.img_resolution}x{self.img_resolution}_conv"].weight
+        return draw_masks(self._dropout_layers(), x, first, generator)
+
+    def _feed(self, masks: Sequence[Tensor] | None, batch: int):
+        return feed_masks(masks, len(self._dropout_layers()), batch) if self.training else None
+
+    def _drop_labels(self, labels: Tensor, masks, batch: int) -> Tensor:
+        """Zero the class of a random fraction label_dropout of the samples, in training."""
+        if not self.training or not self.label_dropout:
+            return labels
+        if masks is not None:
+            return labels * next(masks).to(labels.dtype)
+        keep = torch.rand([batch, 1], device=labels.device) >= self.label_dropout
+        return labels * keep.to(labels.dtype)
+
+    def _block(self, layer: UNetBlock, x: Tensor, emb: Tensor, masks) -> Tensor:
+        return layer(x, emb, next(masks) if masks is not None and layer.dropout else None)
+
+
+class SongUNet(UNetBase):
+    """DDPM++ and NCSN++: F(x; noise_labels), (B, in_channels, R, R) -> (B, out_channels, R, R) with R=img_resolution.
+
+    label_dim, augment_dim   widths of class and augmentation labels, 0 = none
+    model_channels           base width; channel_mult multiplies it per level, channel_mult_emb for the embedding,
+                             channel_mult_noise for the noise embedding
+    num_blocks               residual blocks per level (one more on the way up)
+    attn_resolutions         levels with self-attention (one head); the lowest level always has one attention block
+    dropout, label_dropout   probabilities in [0, 1)
+    embedding_type           "positional" (DDPM++) or "fourier" (NCSN++, frequencies scaled by fourier_scale:
+                             16 in EDM, 0.02 in the ECT release)
+    encoder_type             "standard" (DDPM++), "residual" (NCSN++) or "skip"
+    decoder_type             "standard" or "skip"
+    resample_filter          (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++
+    Raises UserError for sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.10,
+        label_dropout: float = 0,
+        embedding_type: str = "positional",
+        channel_mult_noise: int = 1,
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
+        resample_filter: Sequence[int] = (1, 1),
+        fourier_scale: float = 16,
+    ):
+        super().__init__(
+            img_resolution=img_resolution,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            label_dim=label_dim,
+            augment_dim=augment_dim,
+            label_dropout=label_dropout,
+            dropout=dropout,
+        )
+        check_choice("embedding_type", embedding_type, ("positional", "fourier"))
+        check_choice("encoder_type", encoder_type, ("standard", "skip", "residual"))
+        check_choice("decoder_type", decoder_type, ("standard", "skip"))
+        check_positive(model_channels=model_channels, num_blocks=num_blocks)
+        check_pyramid(img_resolution, channel_mult, attn_resolutions)
+        noise_channels = model_channels * channel_mult_noise
+        emb_channels = model_channels * channel_mult_emb
+        init = dict(init_mode="xavier_uniform")
+        init_zero = dict(init_mode="xavier_uniform", init_weight=1e-5)
+        init_attn = dict(init_mode="xavier_uniform", init_weight=math.sqrt(0.2))
+        resample = dict(resample_filter=resample_filter)
+
+        def block(cin: int, cout: int, **options) -> UNetBlock:
+            return UNetBlock(
+                in_channels=cin,
+                out_channels=cout,
+                emb_channels=emb_channels,
+                num_heads=1,
+                dropout=dropout,
+                skip_scale=math.sqrt(0.5),
+                eps=1e-6,
+                resample_proj=True,
+                adaptive_scale=False,
+                init=init,
+                init_zero=init_zero,
+                init_attn=init_attn,
+                **resample,
+                **options,
+            )
+
+        # Noise level, class and augmentation labels -> embedding.
+        if embedding_type == "positional":
+            self.map_noise = PositionalEmbedding(num_channels=noise_channels, endpoint=True)
+        else:
+            self.map_noise = FourierEmbedding(num_channels=noise_channels, scale=fourier_scale)
+        self.map_label = self.map_augment = None
+        if label_dim:
+            self.map_label = Linear(in_features=label_dim, out_features=noise_channels, **init)
+        if augment_dim:
+            self.map_augment = Linear(in_features=augment_dim, out_features=noise_channels, bias=False, **init)
+        self.map_layer0 = Linear(in_features=noise_channels, out_features=emb_channels, **init)
+        self.map_layer1 = Linear(in_features=emb_channels, out_features=emb_channels, **init)
+
+        # Encoder: `width` is the running channel count, `side` that of the image pyramid beside it.
+        self.enc = nn.ModuleDict()
+        width, side, skips = model_channels, in_channels, [model_channels]
+        for level, mult in enumerate(channel_mult):
+            res = img_resolution >> level
+            tag = f"{res}x{res}"
+            if level == 0:
+                self.enc[f"{tag}_conv"] = Conv2d(in_channels=in_channels, out_channels=width, kernel=3, **init)
+            else:
+                self.enc[f"{tag}_down"] = block(width, width, down=True)
+                skips.append(width)
+                if encoder_type == "skip":
+                    pool = Conv2d(in_channels=side, out_channels=side, kernel=0, down=True, **resample)
+                    self.enc[f"{tag}_aux_down"] = pool
+                    self.enc[f"{tag}_aux_skip"] = Conv2d(in_channels=side, out_channels=width, kernel=1, **init)
+                elif encoder_type == "residual":
+                    pool = dict(down=True, fused_resample=True, **resample)
+                    self.enc[f"{tag}_aux_residual"] = Conv2d(
+                        in_channels=side, out_channels=width, kernel=3, **pool, **init
+                    )
+                    side = width
+            for idx in range(num_blocks):
+                self.enc[f"{tag}_block{idx}"] = block(width, model_channels * mult, attention=res in attn_resolutions)
+                width = model_channels * mult
+                skips.append(width)
+
+        # Decoder: every block takes one skip connection.
+        self.dec = nn.ModuleDict()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            res = img_resolution >> level
+            tag = f"{res}x{res}"
+            lowest = level == len(channel_mult) - 1
+            if lowest:
+                self.dec[f"{tag}_in0"] = block(width, width, attention=True)
+                self.dec[f"{tag}_in1"] = block(width, width)
+            else:
+                self.dec[f"{tag}_up"] = block(width, width, up=True)
+            for idx in range(num_blocks + 1):
+                attends = idx == num_blocks and res in attn_resolutions
+                self.dec[f"{tag}_block{idx}"] = block(width + skips.pop(), model_channels * mult, attention=attends)
+                width = model_channels * mult
+            if decoder_type == "skip" and not lowest:
+                grow = Conv2d(in_channels=out_channels, out_channels=out_channels, kernel=0, up=True, **resample)
+                self.dec[f"{tag}_aux_up"] = grow
+            if decoder_type == "skip" or level == 0:
+                self.dec[f"{tag}_aux_norm"] = GroupNorm(num_channels=width, eps=1e-6)
+                self.dec[f"{tag}_aux_conv"] = Conv2d(
+                    in_channels=width, out_channels=out_channels, kernel=3, **init_zero
+                )
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        dropout_masks: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """x (B, C, R, R), noise_labels (B,), one-hot class_labels (B, label_dim), augment_labels (B, augment_dim).
+
+        dropout_masks, used in training only, come from draw_dropout; None drops at random. Raises UserError.
+        """
+        class_labels = check_inputs(self, x, noise_labels, class_labels, augment_labels)
+        masks = self._feed(dropout_masks, x.shape[0])
+
+        cos, sin = self.map_noise(noise_labels).chunk(2, dim=1)
+        emb = torch.cat([sin, cos], dim=1)  # the order score_sde uses
+        if self.map_label is not None:
+            class_labels = self._drop_labels(class_labels, masks, x.shape[0])
+            emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = silu(self.map_layer1(silu(self.map_layer0(emb))))
+
+        skips, side = [], x
+        for name, layer in self.enc.items():
+            role = name.partition("_")[2]
+            if role == "conv":
+                x = layer(x)
+                skips.append(x)
+            elif role == "aux_down":
+                side = layer(side)
+            elif role == "aux_skip":
+                x = skips[-1] = x + layer(side)
+            elif role == "aux_residual":
+                x = skips[-1] = side = (x + layer(side)) * math.sqrt(0.5)
+            else:
+                x = self._block(layer, x, emb, masks)
+                skips.append(x)
+
+        out = None
+        for name, layer in self.dec.items():
+            role = name.partition("_")[2]
+            if role == "aux_up":
+                out = layer(out)
+            elif role == "aux_norm":
+                normed = silu(layer(x))
+            elif role == "aux_conv":
+                out = layer(normed) if out is None else out + layer(normed)
+            else:
+                x = torch.cat([x, skips.pop()], dim=1) if role.startswith("block") else x
+                x = self._block(layer, x, emb, masks)
+        return out
+
+
+class DhariwalUNet(UNetBase):
+    """ADM: F(x; noise_labels), (B, in_channels, R, R) -> (B, out_channels, R, R) with R = img_resolution.
+
+    Arguments as in SongUNet. Attention has heads of 64 channels and stands in every block of attn_resolutions;
+    the embedding scales and shifts after the norm; last layers start at zero, so a fresh network returns 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (32, 16, 8),
+        dropout: float = 0.10,
+        label_dropout: float = 0,
+    ):
+        super().__init__(
+            img_resolution=img_resolution,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            label_dim=label_dim,
+            augment_dim=augment_dim,
+            label_dropout=label_dropout,
+            dropout=dropout,
+        )
+        check_positive(model_channels=model_channels, num_blocks=num_blocks)
+        check_pyramid(img_resolution, channel_mult, attn_resolutions)
+        emb_channels = model_channels * channel_mult_emb
+        third = math.sqrt(1 / 3)
+        init = dict(init_mode="kaiming_uniform", init_weight=third, init_bias=third)
+        init_zero = dict(init_mode="kaiming_uniform", init_weight=0, init_bias=0)
+
+        def block(cin: int, cout: int, **options) -> UNetBlock:
+            return UNetBlock(
+                in_channels=cin,
+                out_channels=cout,
+                emb_channels=emb_channels,
+                dropout=dropout,
+                init=init,
+                init_zero=init_zero,
+                **options,
+            )
+
+        self.map_noise = PositionalEmbedding(num_channels=model_channels)
+        self.map_augment = self.map_label = None
+        if augment_dim:
+            self.map_augment = Linear(in_features=augment_dim, out_features=model_channels, bias=False, **init_zero)
+        self.map_layer0 = Linear(in_features=model_channels, out_features=emb_channels, **init)
+        self.map_layer1 = Linear(in_features=emb_channels, out_features=emb_channels, **init)
+        if label_dim:
+            one_hot = dict(init_mode="kaiming_normal", init_weight=math.sqrt(label_dim))
+            self.map_label = Linear(in_features=label_dim, out_features=emb_channels, bias=False, **one_hot)
+
+        self.enc = nn.ModuleDict()
+        width = model_channels * channel_mult[0]
+        skips = [width]
+        for level, mult in enumerate(channel_mult):
+            res = img_resolution >> level
+            tag = f"{res}x{res}"
+            if level == 0:
+                self.enc[f"{tag}_conv"] = Conv2d(in_channels=in_channels, out_channels=width, kernel=3, **init)
+            else:
+                self.enc[f"{tag}_down"] = block(width, width, down=True)
+                skips.append(width)
+            for idx in range(num_blocks):
+                self.enc[f"{tag}_block{idx}"] = block(width, model_channels * mult, attention=res in attn_resolutions)
+                width = model_channels * mult
+                skips.append(width)
+
+        self.dec = nn.ModuleDict()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            res = img_resolution >> level
+            tag = f"{res}x{res}"
+            if level == len(channel_mult) - 1:
+                self.dec[f"{tag}_in0"] = block(width, width, attention=True)
+                self.dec[f"{tag}_in1"] = block(width, width)
+            else:
+                self.dec[f"{tag}_up"] = block(width, width, up=True)
+            for idx in range(num_blocks + 1):
+                cin, width = width + skips.pop(), model_channels * mult
+                self.dec[f"{tag}_block{idx}"] = block(cin, width, attention=res in attn_resolutions)
+        self.out_norm = GroupNorm(num_channels=width)
+        self.out_conv = Conv2d(in_channels=width, out_channels=out_channels, kernel=3, **init_zero)
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        dropout_masks: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """As SongUNet.forward."""
+        class_labels = check_inputs(self, x, noise_labels, class_labels, augment_labels)
+        masks = self._feed(dropout_masks, x.shape[0])
+
+        emb = self.map_noise(noise_labels)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = self.map_layer1(silu(self.map_layer0(emb)))
+        if self.map_label is not None:
+            emb = emb + self.map_label(self._drop_labels(class_labels, masks, x.shape[0]))
+        emb = silu(emb)
+
+        skips = []
+        for layer in self.enc.values():
+            x = self._block(layer, x, emb, masks) if isinstance(layer, UNetBlock) else layer(x)
+            skips.append(x)
+        for name, layer in self.dec.items():
+            x = torch.cat([x, skips.pop()], dim=1) if "block" in name else x
+            x = self._block(layer, x, emb, masks)
+        return self.out_conv(silu(self.out_norm(x)))
