@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from common.data.source import ImageArray, check_split
+
 TRAIN_COUNT = 1400
 
 
@@ -25,3 +27,21 @@ def digits_split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     order = np.random.RandomState(0).permutation(len(images))
     train, test = order[:TRAIN_COUNT], order[TRAIN_COUNT:]
     return images[train], labels[train], images[test], labels[test]
+
+
+class Digits:
+    """The digits as a data source: grey 8x8, 10 classes, splits train (1400) and test (397); needs no root."""
+
+    name = "digits"
+    num_classes = 10
+    channels = 1
+    resolution = 8
+    splits = ("train", "test")
+
+    def check(self) -> None:
+        """Nothing can be missing: the pictures come with scikit-learn."""
+
+    def load(self, split: str) -> ImageArray:
+        check_split(split, self.splits, self.name)
+        train_x, train_y, test_x, test_y = digits_split()
+        return ImageArray(train_x, train_y) if split == "train" else ImageArray(test_x, test_y)
