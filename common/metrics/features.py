@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError, nearest
-from common.metrics.cache import short_hash, tensors_hash, write_atomic
+from common.files import write_bytes
+from common.metrics.hashes import short_hash, tensors_hash
 from common.metrics.images import from_uint8
 from common.nets.resnet import CifarResNet
+from common.weights.load import load_into, load_tensors
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -96,9 +98,8 @@ class CifarResNet56(FeatureExtractor):
     """
 
     def __init__(self, *, weights: str, batch_size: int = 250):
-        state = _read_safetensors(weights, what="ResNet-56 weights", field="weights")
         network = CifarResNet(blocks=9)
-        _load(network, state, weights)
+        state = _load(network, weights, "ResNet-56 weights")
         fingerprint = tensors_hash(state, "resnet56: own size, [0, 1], ImageNet mean and std, pooled 64-d")
         super().__init__(name="resnet56", dim=network.dim, hash=fingerprint, network=network, batch_size=batch_size)
 
@@ -189,7 +190,7 @@ class DigitsClassifier(FeatureExtractor):
     matrix products differ in the last bits still arrive at the same weights and hence at the same hash.
     """
 
-    SETTINGS = "digits v1: 64-256-64-10, SiLU, Adam 3e-3 cosine, 60 epochs of batch 100, smoothing .05, seed 0, 2^-10"
+    SETTINGS = "digits v1: 64-128-64-10, SiLU, Adam 1e-3 cosine, 100 epochs of batch 100, seed 0, on a 2^-10 grid"
 
     def __init__(self, *, cache_dir: str = ".cache/metrics", batch_size: int = 2000):
         path = Path(cache_dir) / f"digits-classifier-{short_hash(self.SETTINGS)}.safetensors"
@@ -247,30 +248,13 @@ def _normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
     return (images.to(torch.float32) / 255 - mean) / std
 
 
-def _read_safetensors(path: str | os.PathLike, *, what: str, field: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        raise UserError(f"no {what} at {path}. Put the file there, or set {field} to where it is.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}. Get it again.") from error
-
-
-def _load(network: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Loads weights in float32; only BatchNorm's batch counters may be missing."""
-    state = {key: value.to(torch.float32) if value.is_floating_point() else value for key, value in state.items()}
-    own = network.state_dict()
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    wrong = [k for k in state if k not in own or own[k].shape != state[k].shape]
-    if missing or wrong:
-        raise UserError(
-            f"{path} does not fit {type(network).__name__}: missing {', '.join(missing[:3]) or 'nothing'}, unknown or "
-            f"of another shape {', '.join(wrong[:3]) or 'nothing'}. Give the weights of this very model."
-        )
-    network.load_state_dict(state, strict=False)
+def _load(network: nn.Module, weights: str | os.PathLike, what: str) -> dict[str, Tensor]:
+    """Copies the file into the network (as float32) and returns its tensors. Only batch counters may be missing."""
+    if not Path(weights).is_file():
+        raise UserError(f"no {what} at {weights}. Put the file there, or set weights to where it is.")
+    state = load_tensors(weights)
+    load_into(network, state, ignore=["*num_batches_tracked"], name=str(weights))
+    return state
 
 
 def _timm(model: str, weights: str) -> tuple[nn.Module, int, dict, str]:
@@ -280,18 +264,8 @@ def _timm(model: str, weights: str) -> tuple[nn.Module, int, dict, str]:
 
     if not timm.is_model(model):
         raise UserError(f"timm has no model {model!r}. {nearest(model, timm.list_models())}See timm.list_models().")
-    if Path(weights).suffix == ".safetensors":
-        state = _read_safetensors(weights, what=f"{model} weights", field="weights")
-    else:
-        if not Path(weights).is_file():
-            raise UserError(f"no {model} weights at {weights}. Put the file there, or set weights to where it is.")
-        try:
-            state = torch.load(weights, weights_only=True, map_location="cpu")
-        except Exception as error:  # any unpickling failure means the same to a user
-            raise UserError(f"{weights} does not load as plain weights: {str(error).splitlines()[0]}") from error
-        state = state.get("state_dict", state)
     network = timm.create_model(model, pretrained=False)
-    _load(network, state, weights)
+    state = _load(network, weights, f"{model} weights")
     config = resolve_model_data_config(network)
     mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
     pre = {"size": config["input_size"][-2:], "mode": mode, "mean": config["mean"], "std": config["std"]}
@@ -309,7 +283,7 @@ def _timm_forward(network: nn.Module, pre: dict, images: Tensor) -> tuple[Tensor
 
 
 def _digits_network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(64, 256), nn.SiLU(), nn.Linear(256, 64), nn.SiLU(), nn.Linear(64, 10))
+    return nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64), nn.SiLU(), nn.Linear(64, 10))
 
 
 def train_digits_classifier() -> dict[str, Tensor]:
@@ -326,13 +300,13 @@ def train_digits_classifier() -> dict[str, Tensor]:
             torch.manual_seed(0)
             network = _digits_network().to(torch.float64)
             generator = torch.Generator().manual_seed(0)
-            epochs, batch = 60, 100
-            optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+            epochs, batch = 100, 100
+            optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(x) // batch))
             for _ in range(epochs):
                 for rows in torch.randperm(len(x), generator=generator).split(batch):
                     optimizer.zero_grad()
-                    F.cross_entropy(network(x[rows]), y[rows], label_smoothing=0.05).backward()
+                    F.cross_entropy(network(x[rows]), y[rows]).backward()
                     optimizer.step()
                     schedule.step()
     finally:
@@ -343,7 +317,7 @@ def train_digits_classifier() -> dict[str, Tensor]:
 def _write_cached(path: Path, state: dict[str, Tensor]) -> None:
     from safetensors.torch import save
 
-    write_atomic(path, save(state, metadata={"hash": tensors_hash(state)}))
+    write_bytes(path, save(state, metadata={"hash": tensors_hash(state)}))
 
 
 def _read_cached(path: Path) -> dict[str, Tensor] | None:

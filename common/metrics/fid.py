@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.metrics.cache import write_atomic
+from common.files import write_bytes
 
 FORMAT = 1  # of the npz written by GaussianStatistics.save
 
@@ -110,7 +110,7 @@ class GaussianStatistics:
             record=np.array(json.dumps(self.record, sort_keys=True)),
             sha256=np.array(self.digest()),
         )
-        write_atomic(path, buffer.getvalue())
+        write_bytes(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "GaussianStatistics":
