@@ -1,0 +1,133 @@
+"""Denoisers with labels and guidance bound in; each is a `denoiser(x, sigma) -> D` for `common.diffusion.sample`.
+
+A guided denoiser costs two network evaluations wherever guidance acts; a sampler's `nfe` counts it as one. At fixed
+(x, sigma) D, eps, v and score are related linearly, so guiding D guides all of them.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from common.diffusion import limits
+from common.errors import UserError
+
+
+class _Wrapped:
+    """Forwards what samplers ask a preconditioner for: supported noise levels and rounding."""
+
+    def __init__(self, net: Callable):
+        self.net = net
+        for name in ("sigma_min", "sigma_max", "round_sigma"):
+            if hasattr(net, name):
+                setattr(self, name, getattr(net, name))
+
+
+class Conditional(_Wrapped):
+    """net with fixed class labels: D(x, sigma | labels). class_labels (B, label_dim) one-hot or None."""
+
+    def __init__(self, *, net: Callable, class_labels: Tensor | None = None):
+        super().__init__(net)
+        self.class_labels = class_labels
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self.net(x, sigma, class_labels=self.class_labels)
+
+
+class _Guided(_Wrapped, ABC):
+    """D = weak + scale (strong - weak) where low < sigma <= high; `strong` alone elsewhere and when scale == 1."""
+
+    def __init__(self, net: Callable, scale: float, interval: tuple[float, float], channels: int | None):
+        super().__init__(net)
+        self.scale = limits.number("scale", scale)
+        low, high = interval
+        limits.number("interval low", low, least=0)
+        limits.number("interval high", high, above=low)
+        self.interval = (low, high)
+        self.channels = channels if channels is None else limits.whole("channels", channels, least=1)
+
+    @abstractmethod
+    def strong(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The denoiser to move towards."""
+
+    @abstractmethod
+    def weak(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The denoiser to move away from."""
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        strong = self.strong(x, sigma)
+        if self.scale == 1:
+            return strong
+        inside = (sigma > self.interval[0]) & (sigma <= self.interval[1])
+        limited = self.interval != (0, math.inf)
+        # Reading `inside` waits for the device once per step, far cheaper than the network pass it may save.
+        if limited and not bool(inside.any()):
+            return strong
+        guided = torch.lerp(self.weak(x, sigma).to(strong.dtype), strong, self.scale)
+        if self.channels is not None:
+            guided = torch.cat([guided[:, : self.channels], strong[:, self.channels :]], dim=1)
+        if not limited:
+            return guided
+        return torch.where(inside.reshape(-1, *[1] * (x.dim() - 1)), guided, strong)
+
+
+class CFG(_Guided):
+    """Classifier-free guidance (arXiv 2207.12598): D = D_u + scale (D_c - D_u).
+
+    net           `net(x, sigma, class_labels=...)`; unconditional = class_labels None
+    class_labels  (B, label_dim) one-hot
+    scale         w; 1 is a no-op (and costs one evaluation)
+    interval      (low, high]: guidance only at these noise levels (arXiv 2404.07724)
+    channels      act on the first k channels only, the others stay conditional (DiT code and LightningDiT: 3 of 4/32)
+    """
+
+    def __init__(
+        self,
+        *,
+        net: Callable,
+        class_labels: Tensor,
+        scale: float = 1.0,
+        interval: tuple[float, float] = (0.0, math.inf),
+        channels: int | None = None,
+    ):
+        super().__init__(net, scale, interval, channels)
+        if class_labels is None:
+            raise UserError(
+                "class_labels must be given for classifier-free guidance, got None. "
+                "Pass one-hot labels of shape (B, label_dim)."
+            )
+        self.class_labels = class_labels
+
+    def strong(self, x, sigma):
+        return self.net(x, sigma, class_labels=self.class_labels)
+
+    def weak(self, x, sigma):
+        return self.net(x, sigma, class_labels=None)
+
+
+class Autoguidance(_Guided):
+    """Autoguidance (arXiv 2406.02507): D = D_bad + scale (D - D_bad), both with the same labels.
+
+    guide   a worse version of net (smaller or less trained), same signature
+    """
+
+    def __init__(
+        self,
+        *,
+        net: Callable,
+        guide: Callable,
+        class_labels: Tensor | None = None,
+        scale: float = 1.0,
+        interval: tuple[float, float] = (0.0, math.inf),
+    ):
+        super().__init__(net, scale, interval, None)
+        self.guide = guide
+        self.class_labels = class_labels
+
+    def strong(self, x, sigma):
+        return self.net(x, sigma, class_labels=self.class_labels)
+
+    def weak(self, x, sigma):
+        return self.guide(x, sigma, class_labels=self.class_labels)
