@@ -30,7 +30,7 @@ def check(config, *, schema=None, supplied: Mapping[str, set[str]] | None = None
 
     config    DictConfig or plain nested dict; interpolations are resolved first
     schema    what sections without `_target_` may hold: nested dict (see `read_schema`), the set of root keys, or None
-              for no such check. A dict value `OPEN` leaves that section free; a section whose known entries are all
+              for no such check. A value `OPEN` or {} leaves that section free; a section whose known entries are all
               `_target_` nodes (callbacks, loggers) accepts further named nodes, but nothing else
     supplied  {"project": {"total_steps"}}: arguments the runtime passes itself to the target at that path
     """
@@ -111,10 +111,10 @@ def _walk(node, path: str, schema, supplied) -> Iterator[str]:
         return
     if "_target_" in node:
         yield from _target(node, path, supplied.get(path, set()))
-    elif isinstance(schema, dict):
+    elif isinstance(schema, dict) and schema:
         yield from _section(node, path, schema)
     for key, value in node.items():
-        inner = schema.get(key, OPEN) if isinstance(schema, dict) and "_target_" not in node else OPEN
+        inner = schema.get(key, OPEN) if isinstance(schema, dict) and schema and "_target_" not in node else OPEN
         yield from _walk(value, f"{path}.{key}" if path else str(key), inner, supplied)
 
 

@@ -141,7 +141,7 @@ def test_all_problems_are_listed_one_per_line():
 
 
 SCHEMA = {"seed": 0, "run": {"dir": "outputs", "keep": 2}, "project": {"_target_": "x"}, "free": OPEN,
-          "callbacks": {"grid": {"_target_": "x"}, "ema": {"_target_": "x"}}, "nothing": None}
+          "callbacks": {"grid": {"_target_": "x"}, "ema": {"_target_": "x"}}, "nothing": None, "needs": {}}
 
 
 @pytest.mark.parametrize(("config", "expected"), [
@@ -158,6 +158,7 @@ def test_sections_without_target_follow_the_schema(config, expected):
 
 def test_the_schema_leaves_open_sections_named_objects_and_nulls_free():
     check({"free": {"a": {"b": 1}}, "callbacks": {"grid": None, "mine": node("Child")}, "nothing": 3, "seed": None,
+           "needs": {"teacher": {"experiment": "x"}},
            "project": node(q=1.0)}, schema=SCHEMA)
     assert "Closest: seed." in message({"sed": 1}, schema={"seed", "task"})
 
