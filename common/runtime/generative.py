@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from common.diffusion.guidance import Conditional
 from common.diffusion.sample import ImageNoise
 from common.errors import UserError
 from common.runtime.seeding import Draws
@@ -63,12 +64,7 @@ class GenerativeModule(LightningModule):
 
     def denoiser(self, labels: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
         """`D(x, sigma)` for the samplers, conditioned on class `labels` (B,)."""
-        class_labels = self.one_hot(labels)
-
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            return self.net(x, sigma, class_labels)
-
-        return denoise
+        return Conditional(net=self.net, class_labels=self.one_hot(labels))
 
     @torch.no_grad()
     def generate(self, indices: Tensor, *, sampler: Callable, seed: int, labels: Tensor | None = None) -> Tensor:
@@ -81,7 +77,7 @@ class GenerativeModule(LightningModule):
         self.net.eval()
         try:
             shape = (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
-            noise = ImageNoise(seed, indices, shape, device=self.device)
+            noise = ImageNoise(seed=seed, indices=indices, shape=shape, device=self.device)
             if labels is None and self.net.label_dim:
                 labels = noise.labels(self.net.label_dim)
             return sampler(self.denoiser(labels), noise.z, noise.noise)
@@ -89,10 +85,10 @@ class GenerativeModule(LightningModule):
             self.net.train(was_training)
 
 
-def index_batches(samples: int, batch_size: int) -> list[Tensor]:
+def index_batches(samples: int, batch_size: int, section: str) -> list[Tensor]:
     """Image numbers 0..samples-1 in batches. Raises UserError unless both are at least 1."""
     if samples < 1:
-        raise UserError(f"samples must be >= 1, got {samples}. Set sample.samples or evaluate.samples to a positive number.")
+        raise UserError(f"{section}.samples must be >= 1, got {samples}. Set {section}.samples to a positive number.")
     if batch_size < 1:
-        raise UserError(f"batch_size must be >= 1, got {batch_size}. Set sample.batch_size to a positive number.")
+        raise UserError(f"{section}.batch_size must be >= 1, got {batch_size}. Set it to a positive number.")
     return list(torch.arange(samples).split(batch_size))

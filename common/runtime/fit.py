@@ -1,0 +1,294 @@
+"""`task=fit`: needs, refusals, restart, training, evaluation, export, tables. And `task=export`."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from common.errors import UserError
+from common.files import write_json, write_text
+from common.runtime import needs as companions
+from common.runtime.callbacks import Progress, SampleGrid, Throughput
+from common.runtime.checkpoint import SafeCheckpointIO, latest_complete, list_checkpoints
+from common.runtime.ema import WeightAverages, averaged, choose_average
+from common.runtime.evaluate import Evaluation, EvaluationCurve
+from common.runtime.generative import GenerativeModule
+from common.runtime.logger import MetricsCSV
+from common.runtime.plan import micro_batch, world_size
+from common.runtime.report import comparison_table, environment, plot_curves, show, write_result
+from common.runtime.weights import find_init, initialise, trained_weights
+from common.weights.export import export
+
+# What decides the weights of a run. A folder that holds another run under these is not continued.
+IDENTITY = (
+    "project", "ema", "seed", "data.batch_size", "data.seed", "data.shuffle", "data.xflip", "data.source._target_",
+    "init.average", "trainer.precision", "trainer.gradient_clip_val", "trainer.accumulate_grad_batches",
+)  # fmt: skip
+
+
+@dataclass
+class Assembled:
+    """The objects of one run."""
+
+    cfg: DictConfig
+    plain: dict
+    folder: Path
+    data: LightningDataModule
+    module: GenerativeModule
+    evaluation: Evaluation
+
+
+def instantiate(node):
+    """Hydra's instantiate with plain Python containers; a refusal inside a constructor keeps its sentence."""
+    import hydra
+
+    return hydra.utils.instantiate(node, _convert_="all")
+
+
+def assemble(cfg: DictConfig, *, training: bool) -> Assembled:
+    """Build what every verb needs, cheapest refusal first: batch size, data files, then the network."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    if training:
+        micro_batch(cfg.data.batch_size, world_size(cfg), cfg.trainer.accumulate_grad_batches)
+    data = instantiate(cfg.data)
+    evaluation = instantiate(cfg.evaluate)
+    if training or evaluation:
+        data.check()
+    if torch.cuda.is_available() and cfg.speed.tf32:
+        torch.set_float32_matmul_precision("high")
+    if cfg.speed.threads:
+        torch.set_num_threads(cfg.speed.threads)
+    torch.manual_seed(cfg.seed)
+    module = instantiate(cfg.project)
+    module.seed = cfg.seed
+    module.images_per_step = cfg.data.batch_size
+    if cfg.speed.channels_last:
+        module.net.to(memory_format=torch.channels_last)
+    if cfg.speed.compile:
+        module.net.raw.compile()  # in place: state-dict keys stay as they are
+    return Assembled(cfg, plain, Path(cfg.run.dir), data, module, evaluation)
+
+
+def prepare_folder(run: Assembled, overrides: list[str]) -> Path | None:
+    """Make the run folder self-explaining and find the checkpoint to continue from.
+
+    Raises UserError when the folder holds a run with other settings; `resume=never` puts that run's checkpoints aside.
+    """
+    folder, resume = run.folder, run.cfg.resume
+    checkpoints = folder / "checkpoints"
+    if resume == "never" and list_checkpoints(checkpoints):
+        number = 1 + len(list(folder.glob("checkpoints.old-*")))
+        shutil.move(checkpoints, folder / f"checkpoints.old-{number}")
+        print(f"Starting over: the earlier checkpoints are kept in {folder / f'checkpoints.old-{number}'}")
+    if resume not in ("auto", "never"):
+        start = Path(resume)
+        if not start.is_file():
+            raise UserError(f"resume={resume} is no checkpoint file. Use resume=auto, resume=never or a step-*.ckpt.")
+    else:
+        start = latest_complete(checkpoints)
+    stored = folder / "config.yaml"
+    if start is not None and stored.is_file():
+        _refuse_other_run(OmegaConf.load(stored), OmegaConf.create(run.plain), folder)
+    write_text(stored, OmegaConf.to_yaml(OmegaConf.create(run.plain)))
+    write_text(folder / "overrides.yaml", OmegaConf.to_yaml(overrides))
+    write_json(folder / "environment.json", environment())
+    return start
+
+
+def _refuse_other_run(old: DictConfig, new: DictConfig, folder: Path) -> None:
+    for key in IDENTITY:
+        before, after = (_flat(OmegaConf.select(c, key), key) for c in (old, new))
+        for name in sorted(before.keys() | after.keys()):
+            if before.get(name) != after.get(name):
+                raise UserError(
+                    f"{folder} holds a run with other settings: {name} was {before.get(name)}, is {after.get(name)}. "
+                    f"Choose another folder with run.dir=<folder>, or start over with resume=never."
+                )
+
+
+def _flat(node, prefix: str) -> dict:
+    if not OmegaConf.is_config(node):
+        return {prefix: node}
+    items = node.items() if OmegaConf.is_dict(node) else enumerate(node)
+    return {k: v for key, child in items for k, v in _flat(child, f"{prefix}.{key}").items()}
+
+
+def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
+    """Lightning's Trainer with our checkpoint files, averages and callbacks in their order."""
+    cfg, module = run.cfg, run.module
+    averages = instantiate(cfg.ema)
+    callbacks = {name: instantiate(node) for name, node in (cfg.callbacks or {}).items() if node is not None}
+    progress = next((c for c in callbacks.values() if isinstance(c, Progress)), None)
+    ordered = [averages, *callbacks.values()]
+    if run.evaluation:
+        ordered.insert(1, EvaluationCurve(run.evaluation, run.data, averages, progress))
+    for callback in ordered:
+        if isinstance(callback, SampleGrid):
+            sampler = instantiate(cfg.sample.sampler)
+
+            def make(count: int) -> torch.Tensor:
+                weights = choose_average(averages.averages, cfg.sample.average)
+                with averaged(module, weights):
+                    return module.generate(torch.arange(count), sampler=sampler, seed=cfg.sample.seed)
+
+            callback.make = make
+        if isinstance(callback, Throughput) and (callback.peak_tflops or torch.cuda.is_available()):
+            from common.runtime.plan import make_plan
+
+            callback.flops_per_step = make_plan(cfg).flops_per_step
+    loggers = [MetricsCSV(path=str(run.folder / "metrics.csv"))]
+    loggers += [instantiate(node) for node in (cfg.logger or {}).values() if node is not None]
+    trainer = instantiate_trainer(cfg, callbacks=ordered, logger=loggers, default_root_dir=str(run.folder))
+    return trainer, averages
+
+
+def instantiate_trainer(cfg: DictConfig, **objects) -> Trainer:
+    """The trainer section with objects passed in; SLURM, fork or spawn details are Lightning's."""
+    import hydra
+
+    return hydra.utils.instantiate(
+        cfg.trainer, _convert_="all", plugins=[SafeCheckpointIO()], enable_checkpointing=True, **objects
+    )
+
+
+def fit_task(cfg: DictConfig) -> float | None:
+    """Train (or continue), evaluate, export; returns the sweep objective: the first metric of the evaluation."""
+    started = time.perf_counter()
+    overrides = task_overrides()
+    run = assemble(cfg, training=True)
+    results = {
+        name: companions.ensure(name, need, seed=cfg.seed, paths=run.plain["paths"])
+        for name, need in run.plain["needs"].items()
+    }
+    init = find_init(cfg.init.file, cfg.init.hint)
+    start = prepare_folder(run, overrides)
+    if init is not None and start is None:
+        report = initialise(run.module.net, init, cfg.init.average)
+        print(f"Initial weights: {init} ({report.loaded} tensors)")
+    trainer, averages = build_trainer(run)
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.start_at(_step_of(start) if start else 0)
+    before = _earlier_seconds(run.folder) if start else 0.0
+    if trainer.is_global_zero:
+        action = f"continuing {start.name}" if start else "training"
+        print(f"{action}: {cfg.run.experiment} to step {trainer.max_steps} in {run.folder}")
+    try:
+        trainer.fit(run.module, datamodule=run.data, ckpt_path=str(start) if start else None, weights_only=True)
+    finally:
+        if trainer.is_global_zero:
+            write_json(run.folder / "seconds.json", {"training": before + time.perf_counter() - started})
+    return finish(run, trainer, averages, results, overrides, started, before)
+
+
+def finish(run: Assembled, trainer: Trainer, averages: WeightAverages, results: dict, overrides, started, before) -> float | None:
+    """Everything after the last step: metrics, export, curves, result.json and the closing table."""
+    cfg, module = run.cfg, run.module
+    objective = None
+    trained = time.perf_counter() - started + before
+    metrics: dict = {}
+    if trainer.received_sigterm:
+        return None
+    with averaged(module, choose_average(averages.averages, cfg.evaluate.average)):
+        if run.evaluation:
+            if trainer.is_global_zero:
+                print("evaluating", flush=True)
+            metrics = {f"test/{k}": v for k, v in run.evaluation.run(module, run.data, say=_say(trainer)).items()}
+        if trainer.is_global_zero:
+            metrics.update({f"test/{k}": v for k, v in run.evaluation.floor(run.data).items()} if metrics else {})
+            write_export(run, step=trainer.global_step, average=cfg.evaluate.average)
+    if not trainer.is_global_zero:
+        return None
+    values = {name: record.value for name, record in metrics.items()}
+    for logger in trainer.loggers:
+        if values:
+            logger.log_metrics(values, step=max(trainer.global_step - 1, 0))
+        logger.save()
+    objective = next(iter(values.values()), _last_loss(trainer))
+    pictures = plot_curves(run.folder / "metrics.csv", run.folder / "pictures")
+    write_result(
+        run.folder, experiment=cfg.run.experiment, task=cfg.task, overrides=overrides, seed=cfg.seed,
+        step=trainer.global_step, wall_time_s=trained, metrics=metrics, objective=objective,
+    )  # fmt: skip
+    if run.plain["table"]:
+        own = {"metrics": {k: {"value": v} for k, v in values.items()}, "step": trainer.global_step, "wall_time_s": trained}
+        print_closing_table(run, own, results)
+    grids = sorted((run.folder / "pictures").glob("step-*.png"))[-1:]
+    for what, path in [("samples", *grids[:1])] * bool(grids) + [("curve", p) for p in pictures]:
+        print(f"{what}: {path}")
+    print(f"weights: {run.folder / 'export'}\nrun folder: {run.folder}")
+    return objective
+
+
+def print_closing_table(run: Assembled, own: dict, results: dict) -> None:
+    """The rows of `table`: this run beside the runs it needed, each number read from a result record."""
+    rows = []
+    for row in run.plain["table"]:
+        source = own if row["run"] == "self" else results.get(row["run"])
+        if source is None:
+            raise UserError(f"table row '{row['label']}' names run '{row['run']}', which is not in needs.")
+        line = {"model": row["label"]}
+        for column, metric in row["metrics"].items():
+            found = source["metrics"].get(metric)
+            line[column] = show(found["value"]) if found else "-"
+        if row.get("training", True):
+            line |= {"training steps": source["step"], "seconds": round(source["wall_time_s"])}
+        rows.append(line)
+    for path in comparison_table(rows, run.folder, title=run.cfg.run.experiment):
+        print(f"table: {path}")
+
+
+def write_export(run: Assembled, *, step: int, average: str) -> Path:
+    """`<run>/export`: the network's weights as they are now, and the trees that rebuild it without Hydra."""
+    facts = environment()
+    return export(
+        run.folder / "export",
+        run.module.net,
+        run.plain["project"]["net"],
+        sampler=run.plain["sample"]["sampler"],
+        meta={
+            "experiment": run.cfg.run.experiment, "seed": run.cfg.seed, "step": step, "average": average,
+            "commit": facts["commit"], "dirty": facts["dirty"], "published": run.plain["published"],
+        },
+    )  # fmt: skip
+
+
+def export_task(cfg: DictConfig) -> None:
+    """Write the chosen average of the newest checkpoint as safetensors + configuration."""
+    run = assemble(cfg, training=False)
+    source = trained_weights(
+        run.module, run.folder, resume=cfg.resume, init_file=cfg.init.file, average=cfg.evaluate.average
+    )
+    folder = write_export(run, step=source["step"], average=source["average"])
+    print(f"exported {source['average']} weights of {source['file']} to {folder}")
+
+
+def task_overrides() -> list[str]:
+    """What the user typed, or nothing outside Hydra's own entry."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _say(trainer: Trainer):
+    return (lambda text: print(text, flush=True)) if trainer.is_global_zero else None
+
+
+def _step_of(path: Path) -> int:
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
+def _last_loss(trainer: Trainer) -> float | None:
+    loss = trainer.callback_metrics.get("train/loss")
+    return None if loss is None else float(loss)
+
+
+def _earlier_seconds(folder: Path) -> float:
+    from common.files import read_json
+
+    path = folder / "seconds.json"
+    return float(read_json(path)["training"]) if path.is_file() else 0.0

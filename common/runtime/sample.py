@@ -1,0 +1,78 @@
+"""`task=sample`: a grid, one PNG per image and an npz."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from common.errors import UserError
+from common.files import atomic, write_json
+from common.metrics.images import to_uint8
+from common.runtime.callbacks import write_grid
+from common.runtime.fit import assemble, instantiate
+from common.runtime.generative import index_batches
+from common.runtime.weights import trained_weights
+
+
+def sample_task(cfg: DictConfig) -> None:
+    """Makes `sample.samples` images with `sample.sampler` into `<run.dir>/samples/<sampler>-seed<k>/`.
+
+    Image i depends on (sample.seed, i) and its class alone. Writes images/000000.png ..., grid.png (at most 400
+    images), samples.npz with `images` uint8 (N, H, W, C), `labels` int64 (N,) or -1, and `samples.json`.
+    """
+    from rich.progress import track
+
+    batches = index_batches(cfg.sample.samples, cfg.sample.batch_size, "sample")
+    run = assemble(cfg, training=False)
+    sampler = instantiate(cfg.sample.sampler)
+    source = trained_weights(
+        run.module, run.folder, resume=cfg.resume, init_file=cfg.init.file, average=cfg.sample.average
+    )
+    device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
+    module = run.module.to(device)
+    name = f"{type(sampler).__name__.lower()}-nfe{sampler.nfe}-seed{cfg.sample.seed}"
+    folder = run.folder / "samples" / name
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+
+    images, labels = [], []
+    for indices in track(batches, description=f"{sampler.nfe} network calls per image"):
+        classes = chosen_classes(cfg.sample.classes, indices, module.net.label_dim)
+        made = module.generate(indices, sampler=sampler, seed=cfg.sample.seed, labels=classes)
+        pixels = to_uint8(made.float().cpu())
+        for index, picture in zip(indices.tolist(), pixels, strict=True):
+            _write_png(folder / "images" / f"{index:06d}.png", picture)
+        images.append(pixels)
+        labels.append(torch.full((len(indices),), -1) if classes is None else classes.cpu())
+    stacked = torch.cat(images)
+    with atomic(folder / "samples.npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, images=stacked.permute(0, 2, 3, 1).numpy(), labels=torch.cat(labels).numpy())
+    grid = write_grid(folder / "grid.png", stacked[:400])
+    write_json(folder / "samples.json", {
+        "weights": source, "sampler": run.plain["sample"]["sampler"], "seed": cfg.sample.seed, "samples": len(stacked),
+    })  # fmt: skip
+    print(f"{len(stacked)} images of {source['file']} ({source['average']}, step {source['step']})")
+    print(f"grid: {grid}\nimages: {folder / 'images'}\narray: {folder / 'samples.npz'}")
+
+
+def chosen_classes(classes, indices: torch.Tensor, label_dim: int) -> torch.Tensor | None:
+    """Class of each image: `classes` repeated over the image numbers, or None for random ones.
+
+    Raises UserError for classes of an unconditional network or outside 0 .. label_dim - 1.
+    """
+    if not classes:
+        return None
+    if not label_dim:
+        raise UserError("sample.classes is given, but the network is unconditional. Set sample.classes=null.")
+    bad = [c for c in classes if not 0 <= c < label_dim]
+    if bad:
+        raise UserError(f"sample.classes must lie in 0..{label_dim - 1}, got {bad[0]}. Choose classes of the data set.")
+    return torch.tensor(list(classes))[indices % len(classes)]
+
+
+def _write_png(path: Path, pixels: torch.Tensor) -> None:
+    from PIL import Image
+
+    array = pixels.permute(1, 2, 0).numpy()
+    with atomic(path) as temporary:
+        Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(temporary, format="PNG")

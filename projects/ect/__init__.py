@@ -1,0 +1,1 @@
+"""ECT: Consistency Models Made Easy (ICLR 2025), arXiv 2406.14548."""

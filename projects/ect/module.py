@@ -1,0 +1,83 @@
+"""Easy Consistency Tuning: a diffusion model is pulled, stage by stage, from denoiser to consistency function."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.losses.consistency import ConsistencyLoss, stage_of_step
+from common.runtime.generative import GenerativeModule
+
+
+class Ect(GenerativeModule):
+    """ECT (arXiv 2406.14548, algorithm 1); with random initial weights the same code is consistency training.
+
+    net                   preconditioned network; `common.diffusion.precond.ECMPrecond` gives f(x, sigma_min) = x in
+                          evaluation
+    loss                  pairs, weighting and metric
+    time                  sampler of t in data units, ln t ~ N(mean, std^2)
+    steps_per_stage       optimiser steps d before the gap t - r shrinks once more
+    stages                number of stages; the last one is kept
+    first_stage           stage at step 0 (0; the final stage at once is an ablation)
+    official_gradients    replace non-finite gradients by 0 / +-1e5, as the authors' loop does; off: the guard stops
+    optimizer, schedule   see `GenerativeModule`
+    """
+
+    def __init__(
+        self,
+        *,
+        net: nn.Module,
+        loss: ConsistencyLoss,
+        time: Callable,
+        steps_per_stage: int,
+        stages: int,
+        first_stage: int,
+        official_gradients: bool,
+        optimizer: Callable,
+        schedule: Callable | None,
+    ):
+        super().__init__(net=net, optimizer=optimizer, schedule=schedule)
+        if steps_per_stage < 1 or stages < 1 or first_stage < 0:
+            raise UserError(
+                f"project.steps_per_stage and project.stages must be >= 1 and project.first_stage >= 0, got "
+                f"{steps_per_stage}, {stages} and {first_stage}."
+            )
+        self.loss = loss
+        self.time = time
+        self.steps_per_stage = steps_per_stage
+        self.stages = stages
+        self.first_stage = first_stage
+        self.official_gradients = official_gradients
+
+    @property
+    def stage(self) -> int:
+        """Stage of the optimiser step under way: a function of the step number alone."""
+        return min(self.first_stage + stage_of_step(self.global_step, self.steps_per_stage, self.stages), self.stages - 1)
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """Mean loss of one micro-batch; logs `train/loss` and `train/stage`."""
+        y = batch["image"]
+        draws = self.draws()
+        t = draws.apply("t", self.time, len(y))  # on the CPU: rows with r = 0 are known without a device sync
+        masks = None
+        if self.loss.sync_dropout:
+            masks = self.net.draw_dropout(y, draws.generator("dropout", y.device, local=True))
+        loss = self.loss(
+            self.net,
+            y,
+            t,
+            draws.normal("eps", y),
+            stage=self.stage,
+            class_labels=self.one_hot(batch["label"]),
+            dropout_masks=masks,
+        ).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/stage", float(self.stage))
+        return loss
+
+    def on_after_backward(self) -> None:
+        if self.official_gradients:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)

@@ -1,0 +1,1 @@
+"""EDM: Elucidating the Design Space of Diffusion-Based Generative Models (NeurIPS 2022), arXiv 2206.00364."""

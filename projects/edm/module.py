@@ -1,0 +1,51 @@
+"""EDM training: one denoising pass per step. Also the teacher of every consistency and distillation paper here."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from common.runtime.generative import GenerativeModule
+
+
+class Edm(GenerativeModule):
+    """Denoising score matching with the EDM (or EDM2) loss (arXiv 2206.00364, equation 8).
+
+    net        preconditioned network
+    loss       `common.losses.denoising` object: (net, y, sigma, eps, ...) -> per-sample loss (B,)
+    time       sampler of sigma in data units (`common.diffusion.time`)
+    augment    `common.data.augment.EdmAugment` or None: (images, generator) -> (images, labels)
+    optimizer, schedule   see `GenerativeModule`
+    """
+
+    def __init__(
+        self,
+        *,
+        net: nn.Module,
+        loss: Callable,
+        time: Callable,
+        optimizer: Callable,
+        schedule: Callable | None,
+        augment: Callable | None,
+    ):
+        super().__init__(net=net, optimizer=optimizer, schedule=schedule)
+        self.loss = loss
+        self.time = time
+        self.augment = augment
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """Mean loss of one micro-batch; logs `train/loss`."""
+        images, augment_labels = batch["image"], None
+        draws = self.draws()
+        if self.augment is not None:
+            images, augment_labels = self.augment(images, draws.generator("augment", images.device, local=True))
+        sigma = draws.apply("sigma", self.time, len(images)).to(images.device, non_blocking=True)
+        loss = self.loss(
+            self.net,
+            images,
+            sigma,
+            draws.normal("eps", images),
+            class_labels=self.one_hot(batch["label"]),
+            augment_labels=augment_labels,
+        ).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
