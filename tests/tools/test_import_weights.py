@@ -138,7 +138,7 @@ def test_wrong_family_unknown_class_and_unknown_option(tmp_path):
     file = save(tmp_path / "c.pkl", dict(ema=Official(net, name, **kwargs, widgets=3)))
     with pytest.raises(UserError, match=r"c\.pkl: widgets is not an option of common\.nets\.unet\.SongUNet"):
         convert(file, tmp_path / "out", family="edm")
-    file = save(tmp_path / "d.pkl", dict(ema=Official(net, name, **{**kwargs, "model_channels": 64})))
+    file = save(tmp_path / "d.pkl", dict(ema=Official(net, name, **{**kwargs, "model_channels": 128})))
     with pytest.raises(UserError, match=r"d\.pkl: \d+ tensors are not those of EDMPrecond"):
         convert(file, tmp_path / "out", family="edm")
     assert not (tmp_path / "out").exists()
