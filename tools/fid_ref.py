@@ -72,6 +72,7 @@ def open_reference(options: argparse.Namespace):
     data = ImageDataModule(source=_source(options.data, options.root))
     if options.split not in data.splits:
         raise UserError(f"--split of {options.data} must be one of {', '.join(data.splits)}, got {options.split!r}.")
+    data.check()
     return SplitImages(data=data, split=options.split, limit=options.limit)
 
 
