@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.data.source import ImageArray, check_split, find_folder, sha256
+from common.data.source import UNREADABLE, ImageArray, check_split, find_folder, sha256
 from common.errors import UserError
 from common.files import atomic, sha256_file
 
@@ -122,7 +122,7 @@ class Cifar10:
             pixels = np.load(cached, allow_pickle=False)
             if sha256(pixels) == PIXELS[batch]:
                 return pixels
-        except (OSError, ValueError, EOFError):  # absent or damaged: a cache may be, so decode again
+        except UNREADABLE:  # absent or damaged: a cache may be, so decode again
             pass
         pixels = read(path, batch)
         with atomic(cached) as tmp:
@@ -144,7 +144,7 @@ def read_mosaics(path: Path, batch: str) -> np.ndarray:
                 with Image.open(io.BytesIO(archive.read(f"{member:03d}.webp"))) as picture:
                     mosaic = np.asarray(picture.convert("RGB")).reshape(10, 32, 10, 32, 3)
                 pixels[member] = mosaic.transpose(0, 2, 4, 1, 3)
-    except (OSError, KeyError, ValueError, SyntaxError, zipfile.BadZipFile, EOFError) as error:
+    except UNREADABLE as error:
         raise _damaged(path, f"it cannot be decoded ({error})") from error
     pixels = pixels.reshape(BATCH_SIZE, 3, 32, 32)
     if sha256(pixels) != PIXELS[batch]:
@@ -158,7 +158,7 @@ def read_compact_labels(path: Path, batch: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             labels = arrays["test" if batch == "test_batch" else "train"]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except UNREADABLE as error:
         raise _damaged(path, f"it cannot be read ({error})") from error
     first = 0 if batch == "test_batch" else (int(batch[-1]) - 1) * BATCH_SIZE
     return _check_labels(labels[first : first + BATCH_SIZE], path, batch)

@@ -4,9 +4,7 @@ import hashlib
 import io
 import json
 import os
-import struct
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +12,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from common.data.source import check_split
+from common.data.source import UNREADABLE, check_split
 from common.errors import UserError, nearest
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
 FITS = ("exact", "center", "adm")
 LABEL_FILE = "dataset.json"
-# What Pillow and the zip reader raise for damaged bytes; UnidentifiedImageError is an OSError.
-UNREADABLE = (
-    OSError, SyntaxError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, struct.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
 
 
 class ImageFolder:
@@ -137,7 +130,7 @@ class ImageFiles:
         try:
             with Image.open(io.BytesIO(self._bytes(self.files[index]))) as picture:
                 picture = picture.convert("RGB" if self.channels == 3 else "L")
-        except UNREADABLE as error:
+        except (*UNREADABLE, Image.DecompressionBombError) as error:
             raise UserError(
                 f"Image {index} of the data set, {where}, cannot be decoded ({error}). Replace or delete that file."
             ) from error
@@ -178,7 +171,7 @@ class ImageFiles:
     def _list_zip(self) -> dict[str, str]:
         try:
             return {info.filename: f"{info.file_size}-{info.CRC:08x}" for info in self._zip().infolist()}
-        except (OSError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise UserError(f"{self.path} cannot be read as a zip ({error}). Put an intact copy there.") from error
 
     def _list_folder(self) -> dict[str, str]:
@@ -205,7 +198,7 @@ class ImageFiles:
             pairs = json.loads(self._bytes(LABEL_FILE))["labels"]
             table = {str(name).replace("\\", "/"): label for name, label in pairs}
             return np.asarray([int(table[name]) for name in self.files], dtype=np.int64)
-        except (KeyError, TypeError, *UNREADABLE) as error:
+        except (TypeError, *UNREADABLE) as error:
             raise UserError(
                 f"{place} does not give one whole-number label for every picture ({type(error).__name__}: {error}). "
                 "Repair it, or set data.source.num_classes=0 to read no labels."

@@ -1,6 +1,9 @@
 """What an image data set must offer, and the one kind that fits in memory."""
 
 import hashlib
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +12,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError, nearest
+
+# What Pillow, numpy and the zip reader raise for damaged bytes; PIL.UnidentifiedImageError is an OSError.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, struct.error)
 
 
 class Images(Protocol):
