@@ -225,7 +225,8 @@ class UNetBlock(nn.Module):
         else:
             h = silu(self.norm1(h + params))
         h = self.conv1(dropout(h, self.dropout, self.training, mask))
-        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        # Autograd keeps nothing of a sum, so its result can be scaled in place.
+        x = (h + (x if self.skip is None else self.skip(x))).mul_(self.skip_scale)
         return self._attend(x) if self.num_heads else x
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ class UNetBlock(nn.Module):
         # Official channel order: head, channel, then q k v innermost.
         qkv = qkv.reshape(batch * self.num_heads, channels // self.num_heads, 3, height * width)
         h = self.proj(attention(*qkv.unbind(2)).reshape(x.shape))
-        return (h + x) * self.skip_scale
+        return (h + x).mul_(self.skip_scale)
 
 
 class PositionalEmbedding(nn.Module):
