@@ -92,6 +92,16 @@ def _merge(left: dict, right: dict) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Hydra's and OmegaConf's messages
 
+def is_composition_error(error: BaseException) -> bool:
+    """Whether Hydra, OmegaConf or the YAML reader raised `error` because of what the user wrote."""
+    import yaml
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return (isinstance(error, HydraException | OmegaConfBaseException | yaml.YAMLError)
+            or (isinstance(error, ValueError) and "Config group override" in str(error)))
+
+
 def explain_hydra_error(error: BaseException, conf_dir=None, *, overrides: Sequence[str] | None = None,
                         config_name: str = "config") -> str:
     """One sentence for an error Hydra or OmegaConf raised while composing or resolving.
@@ -160,6 +170,11 @@ def _group(error, text, conf_dir, given, config_name) -> str | None:
         if conf_dir is None or (conf_dir / group).is_dir():
             return f"{group} is not in the defaults, so it is added with a plus. Write +{group}={name}"
         return f"Config group '{group}' does not exist. {nearest(group, _group_names(conf_dir))}".rstrip()
+    if "Config group override must be a string" in text:
+        wrong = [o for o in given if conf_dir and (conf_dir / o.lstrip("+~").partition("=")[0]).is_dir()
+                 and not (conf_dir / f"{o.lstrip('+~').replace('=', '/')}.yaml").is_file()]
+        return (f"{' or '.join(wrong) or 'An override'} is no option: a group needs the name of one of its files, and "
+                f"this reads as a number or true/false.")
     found = re.search(r"Multiple values for ([\w/@.]+)\.", text)
     if found:
         return f"{found[1]} is given more than once. Keep one {found[1]}=... on the command line."

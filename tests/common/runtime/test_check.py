@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from common.errors import UserError
 from common.runtime.check import OPEN, check, explain_hydra_error, mismatch, read_schema
+from common.runtime.explain import is_composition_error
 
 
 class Base:
@@ -231,6 +232,7 @@ TOY = "+experiment=toy_tiny"
     ([TOY, "run.dir.x=3"], "run.dir is one value, not a section, so run.dir.x cannot be set. Give run.dir=..."),
     ([TOY, "debug=fast"], "debug is not in the defaults, so it is added with a plus. Write +debug=fast"),
     ([TOY, "+debug=fst"], "debug=fst does not exist. Closest: fast. Options: fast."),
+    ([TOY, "+debug=nan"], "+debug=nan is no option: a group needs the name of one of its files"),
     ([TOY, "+seed=3"], "seed exists already, so it is set without a plus. Write seed=..."),
     ([TOY, "~sed"], "~sed removes nothing: there is no such entry. Drop that override."),
     ([TOY, "fast"], "'fast' is not an override. Write key=value, for instance trainer.max_steps=10"),
@@ -240,6 +242,7 @@ TOY = "+experiment=toy_tiny"
 def test_composition_errors_become_one_sentence(conf, overrides, expected):
     with pytest.raises(Exception) as error:
         composed(conf, *overrides)
+    assert is_composition_error(error.value)
     text = explain_hydra_error(error.value, conf, overrides=overrides)
     assert text.startswith(expected) or expected in text
     assert "\n" not in text
@@ -255,6 +258,7 @@ def test_the_schema_is_read_from_the_files_and_finds_typos_in_experiments(conf):
 
 def test_an_error_hydra_does_not_explain_keeps_its_first_line():
     assert explain_hydra_error(RuntimeError("first\nsecond")) == "first"
+    assert not is_composition_error(RuntimeError("first"))
 
 
 def test_importing_the_check_is_light():
