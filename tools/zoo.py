@@ -119,7 +119,8 @@ def _measured(slug: str, record: Mapping) -> str:
         spread = "" if row["spread"] is None else f" ± {show(row['spread'])}"
         kind = row.get("record") or {}
         rows.append({"run": f"`{row['run']}`", "measured": row.get("says", name),
-                     "metric": kind.get("name", row["metric"]), "images": kind.get("samples"), "mean ± sd over seeds": f"{show(row['mean'])}{spread}"})
+                     "metric": kind.get("name", row["metric"]), "images": kind.get("samples"),
+                     "mean ± sd over seeds": f"{show(row['mean'])}{spread}"})
     relations = [{
         "the claim": relation["says"],
         "asked": f"{relation['left']} {relation['op']} {show(relation['factor'])} x {relation['right']}",
