@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         record = run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # the libraries name the configuration keys of an experiment; here the same things are options
+        message = str(error).replace("data.root", "--root").replace("set weights to", "set --weights to")
+        print(f"error: {message}", file=sys.stderr)
         return error.exit_code
     for key, value in record.items():
         print(f"{key:15} {value}")

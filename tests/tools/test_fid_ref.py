@@ -1,5 +1,6 @@
 """The command that makes reference statistics."""
 
+import re
 import subprocess
 import sys
 
@@ -54,14 +55,14 @@ def test_folder_of_images(tmp_path, capsys):
     "arguments, words",
     [
         (["--data", "cifar1O", "--out", "a.npz"], "Closest: cifar10"),
-        (["--data", "digits", "--out", "a.pkl"], "--out must end in .npz"),
+        (["--data", "digits", "--out", "a.pkl"], r"--out must end in \.npz"),
         (["--data", "digits", "--out", "a.npz", "--split", "val"], "train, test, got 'val'"),
         (["--data", "digits", "--out", "a.npz", "--limit", "0"], "limit must be >= 1"),
         (["--data", "digits", "--out", "a.npz", "--batch-size", "0"], "--batch-size must be >= 1, got 0"),
         (["--data", "digits", "--out", "a.npz", "--extractor", "resnet65"], "Closest: resnet56"),
         (["--data", "digits", "--out", "a.npz", "--extractor", "timm:resnet18"], "needs --weights"),
         (["--data", "digits", "--out", "a.npz", "--extractor", "inception"], "weights-inception-2015-12-05-6726825d"),
-        (["--data", "cifar10", "--out", "a.npz"], "cifar10 not found"),
+        (["--data", "cifar10", "--out", "a.npz"], "CIFAR-10 not found: .* Set --root"),
         (["--data", "digits", "--extractor", "pixels", "--out", "a.npz", "--device", "tpu9"], "--device tpu9 cannot"),
     ],
 )
@@ -69,7 +70,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, tmp_path, c
     monkeypatch.chdir(tmp_path)
     code, text, err = call(capsys, *arguments, "--root", tmp_path / "nowhere")
     assert code == 2 and not text
-    assert words.lower() in err.lower() and err.startswith("error: ") and err.count("\n") == 1
+    assert re.search(words, err) and err.startswith("error: ") and err.count("\n") == 1
     assert not (tmp_path / "a.npz").exists()
 
 

@@ -103,6 +103,14 @@ def test_score_precision_and_recall_on_request(evaluation, digits):
     assert whole["precision-digits"].value == whole["recall-pixels"].value == 1.0
 
 
+def test_recall_reference_is_spread_over_a_sorted_data_set(evaluation, digits):
+    """All classes of a data set sorted by class must be in it, not the first ones only."""
+    train_x, train_y, _, _ = digits_split()
+    sorted_train = TensorImages(images=torch.as_tensor(train_x[train_y.argsort(kind="stable")]), name="sorted")
+    table = evaluation(precision_recall=True)([digits[1]._images], sorted_train)
+    assert table["precision-digits"].value > 0.5
+
+
 def test_statistics_of_parts_merge_as_ranks_would(evaluation, digits):
     train, test = digits
     whole = evaluation()([test._images], train)

@@ -187,6 +187,14 @@ def test_gradient_of_fewer_samples_than_dimensions_is_finite():
     assert torch.isfinite(f.grad).all() and f.grad.abs().max() > 0
 
 
+def test_gradient_of_a_collapsed_batch_only_moves_the_mean():
+    """All covariance eigenvalues are exactly zero: the square root has no slope there, and no nan may come out."""
+    reference = stats(torch.randn(50, 3))
+    f = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+    distance_of(f, reference).backward()
+    torch.testing.assert_close(f.grad, (2 * (torch.ones(3) - reference.mean) / 4).expand(4, 3))
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
