@@ -55,7 +55,7 @@ class HalfLife:
 class PowerFunction:
     """EDM2 (arXiv 2312.02696) eq. 127: b = (1 - batch/images_seen)^(gamma + 1). The first update copies the weights.
 
-    std   relative standard deviation of the profile, in (0, 0.2886...): the width of the average as a share of training
+    std   relative standard deviation of the profile, in (0, 0.28868]: the width of the average as a share of training
     """
 
     std: float = 0.05
@@ -73,7 +73,7 @@ def gamma_of_std(std: float) -> float:
     """Exponent gamma of the profile with relative standard deviation `std`. EDM2 eq. 126: the largest real root of
     x^3 + 7 x^2 + (16 - 1/s^2) x + (12 - 1/s^2).
     """
-    limits.number("std", std, above=0, most=12**-0.5)  # 1/sqrt(12): gamma = 0, the plain mean
+    limits.number("std", std, above=0, most=0.28868)  # 1/sqrt(12) up to rounding: gamma = 0, the plain mean
     roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])
     # A double root (rounding gives it an imaginary dust) is still real.
     return max(0.0, float(roots[abs(roots.imag) < 1e-6].real.max()))

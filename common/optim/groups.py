@@ -11,7 +11,8 @@ def weight_decay_groups(module: nn.Module, *, weight_decay: float, no_decay: Ite
     """Two groups for a torch optimiser: matrices and filters with `weight_decay`, the rest with none.
 
     No decay for biases, gains and normalisation parameters (fewer than 2 axes) and for every parameter whose name
-    contains one of `no_decay`. Frozen parameters are left out; a shared parameter appears once; empty groups are dropped.
+    contains one of `no_decay`. Frozen parameters are left out, a shared parameter appears once, empty groups are
+    dropped.
     Raises UserError for a negative weight_decay.
     """
     if not weight_decay >= 0:

@@ -1,6 +1,6 @@
 """Learning-rate multipliers `schedule(step) -> float` for `torch.optim.lr_scheduler.LambdaLR`; step counts from 0.
 
-Every schedule counts in units of `per_step`: 1 means steps; the batch size means images. `warmup` is a linear ramp from 0
+Schedules count in units of `per_step`: 1 means steps, the batch size means images. `warmup` is a linear ramp from 0
 over that many units (0 = none), as in EDM: the very first step then has learning rate 0.
 All are frozen and picklable.
 """

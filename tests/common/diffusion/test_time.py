@@ -1,0 +1,99 @@
+import math
+
+import pytest
+import torch
+
+from common.diffusion import time
+from common.errors import UserError
+
+SAMPLERS = {
+    "lognormal": time.LogNormal(),
+    "truncated": time.TruncatedLogNormal(),
+    "logit": time.LogitNormal(),
+    "uniform": time.Uniform(),
+    "loguniform": time.LogUniform(),
+    "karras": time.KarrasGridUniform(),
+    "vp": time.VPSigma(),
+    "grid": time.GridSigma(levels=(3.0, 2.0, 1.0)),
+}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_shape_seed_and_global_state(sampler):
+    a, b = sampler(7, generator(1)), sampler(7, generator(1))
+    assert a.shape == (7,) and a.dtype == torch.float32 and torch.equal(a, b) and bool((a > 0).all())
+    assert not torch.equal(a, sampler(7, generator(2)))
+    torch.manual_seed(3)
+    first = sampler(7)
+    torch.manual_seed(3)
+    assert torch.equal(first, sampler(7))
+
+
+def test_lognormal_is_literally_the_published_expression():
+    assert torch.equal(
+        time.LogNormal(mean=-1.1, std=2.0)(100, generator()),
+        (torch.randn(100, generator=generator()) * 2.0 - 1.1).exp(),
+    )
+
+
+def test_moments():
+    n = 200_000
+    log = time.LogNormal(mean=-1.2, std=1.2)(n, generator()).log()
+    assert abs(log.mean() + 1.2) < 0.01 and abs(log.std() - 1.2) < 0.01
+    logit = time.LogitNormal(mean=-0.4, std=1.0)(n, generator())
+    assert abs(logit.mean() - 0.418) < 0.003
+    assert abs(time.Uniform(low=1, high=3)(n, generator()).mean() - 2) < 0.01
+    log = time.LogUniform(low=0.02, high=100)(n, generator()).log()
+    assert abs(log.mean() - (math.log(0.02) + math.log(100)) / 2) < 0.02
+    ends = time.KarrasGridUniform(low=0.0, high=0.8)(n, generator())
+    top = (0.002 ** (1 / 7) + 0.8 * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+    assert ends.min() >= 0.002 * 0.999 and ends.max() <= top * 1.001 and ends.max() > 0.98 * top
+    vp = time.VPSigma()(n, generator())
+    assert 1e-4 < vp.min() < 0.05 and 150 < vp.max() < 152.2
+
+
+def test_truncated_lognormal_is_the_conditioned_one():
+    whole = time.LogNormal(mean=-1.1, std=2.0)(400_000, generator())
+    kept = whole[(whole > 0.5) & (whole < 5)].log()
+    direct = time.TruncatedLogNormal(mean=-1.1, std=2.0, low=0.5, high=5.0)(100_000, generator(1))
+    assert direct.min() >= 0.5 and direct.max() <= 5
+    assert abs(direct.log().mean() - kept.mean()) < 0.01 and abs(direct.log().std() - kept.std()) < 0.01
+    assert bool((time.TruncatedLogNormal(low=0.0)(1000) > 0).all())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind, mean", [(time.OrderThenMask, 0.53), (time.MaskThenOrder, 0.418)])
+def test_the_two_orderings_differ(kind, mean, exact):
+    """Samples with r = t have mean t 0.53 when masked after ordering, 0.418 (that of the base) when masked before."""
+    sampler = kind(base=time.LogitNormal(mean=-0.4, std=1.0), equal=0.75, exact=exact)
+    t, r = sampler(200_000, generator())
+    assert bool((r <= t).all())
+    same = t == r
+    assert abs(same.float().mean() - 0.75) < (1e-9 if exact else 0.005)
+    assert abs(t[same].mean() - mean) < 0.006
+    assert abs(t[~same].mean() - 0.53) < 0.01
+    assert bool(same[:150_000].all()) == exact
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: time.LogNormal(std=-1.0), "std must be >= 0, got -1.0"),
+        (lambda: time.LogNormal(mean=float("nan")), "mean must be a number"),
+        (lambda: time.LogitNormal(std="1"), "std must be >= 0"),
+        (lambda: time.Uniform(low=1, high=1), "high must be > 1"),
+        (lambda: time.LogUniform(low=-0.1), "negative sigma: low must be > 0"),
+        (lambda: time.KarrasGridUniform(high=1.5), "high must be > 0 and <= 1"),
+        (lambda: time.GridSigma(levels=()), "levels must hold at least one"),
+        (lambda: time.GridSigma(levels=(1.0, 0.0)), "levels must be > 0"),
+        (lambda: time.OrderThenMask(base=time.Uniform(), equal=1.5), "equal must be >= 0 and <= 1"),
+        (lambda: time.TruncatedLogNormal(low=3.0, high=2.0), "high must be > 3"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -1,0 +1,60 @@
+import math
+import pickle
+
+import pytest
+import torch
+
+from common.errors import UserError
+from common.optim.schedules import Constant, Cosine, InverseSqrt, Poly
+
+ALL = [Constant(warmup=10), InverseSqrt(reference=50), Cosine(total=100, warmup=10), Poly(total=100, power=0.9)]
+
+
+def test_warmup_counts_steps_or_images():
+    steps, images = Constant(warmup=10), Constant(warmup=1280, per_step=128)
+    for step in range(30):
+        assert steps(step) == images(step) == min(step / 10, 1)
+    assert Constant()(0) == 1
+
+
+def test_inverse_sqrt_is_edm2s():
+    schedule = InverseSqrt(reference=35_000 * 2048, warmup=10e6, per_step=2048)
+    for step in (0, 100, 10_000, 200_000):
+        images = step * 2048
+        expected = min(images / 10e6, 1) / math.sqrt(max(step / 35_000, 1))
+        assert schedule(step) == pytest.approx(expected)
+    assert InverseSqrt(reference=2000)(1000) == 1 and InverseSqrt(reference=2000)(8000) == 0.5
+
+
+def test_cosine_and_poly_ends():
+    cosine, line = Cosine(total=100, warmup=20, final=0.1), Poly(total=100, final=0.5)
+    assert cosine(0) == 0 and cosine(20) == 1 and cosine(60) == pytest.approx(0.55)
+    assert cosine(100) == cosine(500) == pytest.approx(0.1)
+    assert [line(s) for s in (0, 50, 100, 101)] == [1.0, 0.75, 0.5, 0.5]
+    assert Poly(total=10, power=2)(5) == 0.25
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=lambda s: type(s).__name__)
+def test_pickles_and_drives_lambda_lr(schedule):
+    assert pickle.loads(pickle.dumps(schedule)) == schedule
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.4)
+    driver = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    for step in range(12):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.4 * schedule(step))
+        optimizer.step()
+        driver.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Constant(warmup=-1),
+        lambda: InverseSqrt(reference=0),
+        lambda: Cosine(total=0),
+        lambda: Poly(total=-1),
+    ],
+)
+def test_bad_arguments(make):
+    with pytest.raises(UserError, match="must be >"):
+        make()
