@@ -57,8 +57,8 @@ class Conv2d(nn.Module):
     """Convolution, optionally after a factor-2 up- or downsampling; kernel=0 resamples only.
 
     resample_filter  one-dimensional, used separably: (1, 1) is the box, (1, 3, 3, 1) the smoother NCSN++ filter
-    fused_resample   filter after the convolution (down) or without its border (up), as NCSN++ does in its
-                     residual encoder; differs from the plain order at image borders only
+    fused_resample   as NCSN++ does in its residual encoder: convolve at the higher resolution in both directions.
+                     Down: convolution, then filter (without: filter first). Up: the same but for the image border
     """
 
     def __init__(
