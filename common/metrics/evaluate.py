@@ -19,7 +19,7 @@ NOISES = ("gaussian", "uniform")
 
 @dataclass(kw_only=True)
 class Collected:
-    """What one extractor saw of a set of images."""
+    """What one extractor saw of a set of images; all on the CPU, so that ranks can exchange it."""
 
     statistics: GaussianStatistics
     features: list[Tensor] = field(default_factory=list)
@@ -104,9 +104,9 @@ class GeneratorEvaluation:
                 features, logits = extractor.to(self.device).features_and_logits(batch)
                 into.statistics.update(features)
                 if self.with_precision:
-                    into.features.append(features)
+                    into.features.append(features.cpu())
                 if self.with_score and logits is not None:
-                    into.logits.append(logits)
+                    into.logits.append(logits.cpu())
         if seen < wanted:
             raise UserError(f"found {seen} images, but expected at least {wanted}. Make more, or lower samples.")
         return collected
@@ -165,7 +165,7 @@ class GeneratorEvaluation:
                 "reference": f"{reference.name} ({len(features)} of {real.n} images)",
                 "reference_hash": reference_hash(reference, extractor, self.rounding, f"spread {len(features)}"),
             }
-            precision, recall = precision_recall(features, torch.cat(seen.features))
+            precision, recall = precision_recall(features, torch.cat(seen.features).to(features.device))
             yield Measurement(name=f"precision{suffix}", value=precision, ddof=0, **common, **against)
             yield Measurement(name=f"recall{suffix}", value=recall, ddof=0, **common, **against)
 
