@@ -149,13 +149,14 @@ def execute(arguments: Sequence[str]) -> int:
 
 
 def make_runs(claim: Mapping, seed: int, folder: Path, *, code: str, fresh: bool = False,
-              run: Callable[[Sequence[str]], int] = execute, say: Callable[[str], None] = print) -> dict[str, dict]:
+              run: Callable[[Sequence[str]], int] = execute, say: Callable[[str], None] | None = None) -> dict[str, dict]:
     """All runs of one seed, in order, under `folder`; returns run name -> result record.
 
     A finished run made by the same command and code is reused; an unfinished one is started again in its folder, where
     the runtime continues its last checkpoint; a folder made by anything else is emptied first.
     Raises `UserError` when a run fails or leaves no result.
     """
+    say = say or (lambda text: print(text, flush=True))  # before the run's own output, also in a pipe
     results: dict[str, dict] = {}
     stamps: dict[str, dict] = {}
     folders: dict[str, Path] = {}

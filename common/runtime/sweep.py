@@ -147,12 +147,13 @@ def plot(rows: Sequence[Mapping], keys: Sequence[str], path) -> bool:
 
 
 def _metric_name(rows: Sequence[Mapping]) -> str | None:
-    """The objective, or the first metric there is."""
+    """The objective, by the name of the metric it is when it is one; without an objective the first metric."""
     skip = {"job", "step", "wall_time_s", "error"}
     names = [name for name in report.columns_of(rows) if name not in skip]
-    if "objective" in names:
-        return "objective"
     metrics = [name for name in names if "/" in name and any(isinstance(row.get(name), float) for row in rows)]
+    if "objective" in names:
+        same = [name for name in metrics if all(row.get(name) == row.get("objective") for row in rows)]
+        return same[0] if same else "objective"
     return metrics[0] if metrics else None
 
 

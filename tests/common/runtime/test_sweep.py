@@ -126,6 +126,12 @@ def test_the_plot_chooses_its_axis(tmp_path, sweep_of, axis):
     assert sweep.plot(rows, keys, tmp_path / "table.png") and (tmp_path / "table.png").stat().st_size > 5000
 
 
+def test_the_objective_goes_by_the_name_of_its_metric():
+    assert sweep._metric_name([{"a/loss": 2.0, "b/fd": 1.0, "objective": 1.0}]) == "b/fd"
+    assert sweep._metric_name([{"a/loss": 2.0, "objective": 1.0}]) == "objective"
+    assert sweep._metric_name([{"job": "0", "a/loss": 2.0}]) == "a/loss"
+
+
 def test_no_number_no_plot(tmp_path):
     job(tmp_path, 0, ["x=1"], None)
     jobs = sweep.read_jobs(tmp_path)
