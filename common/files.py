@@ -49,6 +49,8 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(tmp, path)
         _fsync_folder(path.parent)
     except OSError as error:
+        if error.filename is not None and Path(error.filename).parent not in (path.parent, *path.parents):
+            raise  # about another file that the block touched
         raise write_error(path, error) from error
     except Exception as error:
         # torch.save and safetensors report a full disk as their own error types, with the cause only in the text

@@ -60,11 +60,12 @@ def write_export(
     config = {"format": FORMAT, "network": _plain(network_config, "network"), "sampler": _plain(sampler, "sampler")}
     config["meta"] = _plain(meta, "meta")
     ready = {name: value.detach().to("cpu").contiguous().clone() for name, value in tensors.items()}
-    # An interrupted export must not look finished: the old configuration goes first, the new one comes last.
-    for old in (folder / CONFIG, folder / (CONFIG + ".sha256"), checksum_path(folder / WEIGHTS)):
-        old.unlink(missing_ok=True)
     with atomic(folder / WEIGHTS) as tmp:
         save_file(ready, tmp, metadata={"format": "pt"})
+        # Until here (a full disk, say) an older export is intact. From here on an interrupted export must not look
+        # finished: the old configuration goes before the new weights come, the new one comes last.
+        for old in (folder / CONFIG, checksum_path(folder / CONFIG), checksum_path(folder / WEIGHTS)):
+            old.unlink(missing_ok=True)
     config["weights_sha256"] = write_checksum(folder / WEIGHTS)
     write_json(folder / CONFIG, config)
     write_checksum(folder / CONFIG)

@@ -68,6 +68,12 @@ def test_folder_that_is_a_file_is_one_sentence(tmp_path):
         files.write_text(tmp_path / "run" / "a.txt", "x")
 
 
+def test_trouble_with_another_file_is_not_blamed_on_this_one(tmp_path):
+    other = tmp_path / "there" / "other.txt"
+    with pytest.raises(PermissionError), files.atomic(tmp_path / "here" / "a"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(other))
+
+
 def test_checksums(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"hello")

@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -146,6 +147,18 @@ def test_an_interrupted_export_does_not_look_finished(folder, monkeypatch):
         export(folder, build(NET), NET, meta=META)
     with pytest.raises(UserError, match="no finished export"):
         load(folder)
+
+
+def test_full_disk_leaves_the_old_export(folder, monkeypatch):
+    import safetensors.torch
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(UserError, match=r"model\.safetensors: the disk is full"):
+        export(folder, build(NET), NET, meta={})
+    assert load(folder).meta == META
 
 
 def test_only_plain_data(tmp_path):

@@ -119,6 +119,14 @@ def test_reads_names_tensors_and_arguments(write, protocol):
     assert read.others == {"dataset_kwargs": {"path": "x", "dtype": "torch.float16"}, "loss_fn": "<Layer>", "epochs": 3}
 
 
+def test_numpy_before_version_two(write):
+    """The released files were written when numpy's private modules had other names."""
+    data = dumps(snapshot_dict()[0], protocol=2)
+    assert b"cnumpy._core." in data
+    read = read_snapshot(write(data.replace(b"cnumpy._core.", b"cnumpy.core.")))
+    assert read.kwargs["rate"] == 0.25
+
+
 def test_no_names_stay_behind(write):
     read_snapshot(write(snapshot_dict()[0]))
     assert not {"torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util"} & set(sys.modules)
