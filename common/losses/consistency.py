@@ -56,18 +56,6 @@ def t_to_r(
     return t * ratio(t, stage, q, k, b, adj, ratio_limit)
 
 
-@contextmanager
-def _autocast_without_cache(device_type: str):
-    """Inside autocast, stop it from remembering weights cast under no_grad: the student pass would reuse those copies,
-    and they carry no gradient.
-    """
-    if not torch.is_autocast_enabled(device_type):
-        yield
-        return
-    with torch.autocast(device_type, torch.get_autocast_dtype(device_type), cache_enabled=False):
-        yield
-
-
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyLoss:
     """ECT loss per sample: w(t, r) d(f(x_t, t), stopgrad f(x_r, r)), with x_t = y + t eps, x_r = y + r eps.
@@ -186,7 +174,7 @@ class ConsistencyLoss:
         teacher = net if teacher is None else teacher
         with _same_weights(net, teacher):
             # The teacher goes first: its activations are freed before the student's are kept for the backward pass.
-            with torch.no_grad(), _autocast_without_cache(y.device.type):
+            with torch.no_grad():
                 masks = dropout_masks if self.sync_dropout else None
                 target = self._target(teacher, y, x_t, t, r, eps, labels, masks, ode_teacher)
             sigma = t.to(y.device, y.dtype, non_blocking=True)

@@ -339,7 +339,9 @@ def test_ratio_limit():
 
 
 def test_autocast_keeps_the_students_gradient():
-    """The teacher pass comes first; without care autocast would hand its gradient-free weight copies to the student."""
+    """The teacher pass comes first, without gradient. In older torch autocast kept the weights it cast there and gave
+    them, gradient-free, to the student (pytorch issue 112583); the torch we require must not.
+    """
     net, (y, t, eps) = build(), batch()
     full = gradients(net, ConsistencyLoss()(net, y, t, eps, stage=2))
     with torch.autocast("cpu", torch.bfloat16):
