@@ -149,7 +149,8 @@ def execute(arguments: Sequence[str]) -> int:
 
 
 def make_runs(claim: Mapping, seed: int, folder: Path, *, code: str, fresh: bool = False,
-              run: Callable[[Sequence[str]], int] = execute, say: Callable[[str], None] | None = None) -> dict[str, dict]:
+              run: Callable[[Sequence[str]], int] = execute,
+              say: Callable[[str], None] | None = None) -> dict[str, dict]:
     """All runs of one seed, in order, under `folder`; returns run name -> result record.
 
     A finished run made by the same command and code is reused; an unfinished one is started again in its folder, where

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterator, Mapping
 
 from common.errors import UserError, nearest
-from common.runtime.explain import explain_hydra_error, read_schema, words
+from common.runtime.explain import explain_hydra_error, nearest_below, read_schema, words
 
 __all__ = ["OPEN", "check", "explain_hydra_error", "locate", "read_schema"]
 
@@ -171,7 +171,8 @@ def _target(node: dict, path: str, supplied: set[str]) -> Iterator[str]:
         if key not in by_name and key not in positional:
             if not open_ended:
                 options = ", ".join(by_name) or "none"
-                yield f"{prefix}{key} is not an option of {name}. {nearest(str(key), by_name)}Options: {options}."
+                close = nearest(str(key), by_name) or nearest_below(str(key), node, path)
+                yield f"{prefix}{key} is not an option of {name}. {close}Options: {options}."
             continue
         parameter = parameters[key]
         if value is None and parameter.default is None:

@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from common.errors import nearest
@@ -22,6 +23,22 @@ def words(value) -> str:
             return f"a {value['_target_']}"
         return f"a mapping with keys {', '.join(map(str, value)) or '(none)'}"
     return repr(value)
+
+
+def nearest_below(name: str, node, path: str) -> str:
+    """`"Closest: a.b.name. "` when no key beside `name` looks like it but one further down in `node` does."""
+    found: dict[str, str] = {}
+
+    def collect(inner, where: str) -> None:
+        for key, value in (inner.items() if isinstance(inner, dict) else ()):
+            if not str(key).startswith("_"):
+                if where != path:  # keys beside `name` were looked at before
+                    found.setdefault(str(key), f"{where}.{key}" if where else str(key))
+                collect(value, f"{where}.{key}" if where else str(key))
+
+    collect(node, path)
+    close = get_close_matches(name, found, n=1, cutoff=0.75)
+    return f"Closest: {found[close[0]]}. " if close else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,6 +232,7 @@ def _key(error, text, conf_dir, given, config_name) -> str | None:
     close = nearest(last, options)
     if close and parent:
         close = close.replace("Closest: ", f"Closest: {parent}.")
+    close = close or nearest_below(last, place, parent)
     listing = f"Options: {', '.join(o for o in options if o != '_target_')}." if options else ""
     return f"{wrong} is not {owner}. {close}{listing}".rstrip()
 

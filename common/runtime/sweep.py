@@ -109,10 +109,21 @@ def summarise(folder, jobs: Sequence[Mapping]) -> list[Path]:
         written.append(Path(folder) / "table.png")
     failed = sum(job["error"] is not None for job in jobs)
     note = f", {failed} failed" if failed else ""
-    report.print_table(f"Sweep of {len(jobs)} jobs{note}", rows)
+    report.print_table(f"Sweep of {len(jobs)} jobs{note}", _shown(rows))
+    for job in jobs:
+        if job["error"]:
+            print(f"job {job['job']} failed: {job['error']}")
     for path in written:
         print(path)
     return written
+
+
+def _shown(rows: Sequence[Mapping]) -> list[dict]:
+    """The rows as a terminal can hold them: no error texts, no second copy of the objective, four metrics at most."""
+    same = _metric_name(rows)
+    metrics = [name for name in report.columns_of(rows) if "/" in name]
+    hidden = {"error", *([] if same in (None, "objective") else ["objective"]), *metrics[4:]} - {same}
+    return [{key: value for key, value in row.items() if key not in hidden} for row in rows]
 
 
 def plot(rows: Sequence[Mapping], keys: Sequence[str], path) -> bool:

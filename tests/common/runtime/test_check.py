@@ -84,6 +84,11 @@ def test_an_unknown_key_is_named_with_the_nearest_and_all_options():
                     "q, kind, stages, net, optimizer, betas, table, name, flag, size, free, late.")
 
 
+def test_a_key_at_the_wrong_level_is_found_further_down():
+    text = message({"project": node(q=1.0, widht=3, net=node("Child", width=3))})
+    assert "project.widht is not an option of projects.toy_check.Loss. Closest: project.net.width." in text
+
+
 def test_a_missing_key_is_named_unless_partial_or_supplied():
     text = message({"loss": node()})
     assert text == "loss.q (a number) is missing: projects.toy_check.Loss needs it. Set loss.q=..."
@@ -227,6 +232,7 @@ TOY = "+experiment=toy_tiny"
     ([TOY, "data=digist"], "data=digist does not exist. Closest: digits. Options: digits."),
     ([TOY, "project.stagse=3"], "project.stagse is not an option of projects.toy_check.Loss. Closest: "
                                 "project.stages. Options: q, kind,"),
+    ([TOY, "widht=3"], "widht is not a section of the configuration. Closest: data.width."),
     ([TOY, "project.flag=true"], "To set it, add it with a plus: +project.flag=..."),
     ([TOY, "projct.q=3"], "projct is not a section of the configuration. Closest: project. Options: seed, run,"),
     ([TOY, "run.dir.x=3"], "run.dir is one value, not a section, so run.dir.x cannot be set. Give run.dir=..."),

@@ -88,6 +88,7 @@ def test_a_failed_job_keeps_its_row_with_the_error(app):
     assert good["objective"] == "1.5" and good["error"] == ""
     assert bad["objective"] == "" and bad["error"] == "ValueError: thirteen is not allowed"
     assert "Sweep of 2 jobs, 1 failed" in done.stdout
+    assert "job 1 failed: ValueError: thirteen is not allowed" in done.stdout
 
 
 def job(folder: Path, number: int, overrides: list[str], value: float | None) -> None:
