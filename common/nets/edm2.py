@@ -16,7 +16,14 @@ from torch.nn.functional import silu
 
 from common.nets.attention import attention
 from common.nets.dropout import check_probability, draw_masks, dropout, feed_masks, unet_layers
-from common.nets.inputs import attention_heads, check_choice, check_inputs, check_positive, check_pyramid
+from common.nets.inputs import (
+    attention_heads,
+    check_choice,
+    check_inputs,
+    check_label_dims,
+    check_positive,
+    check_pyramid,
+)
 
 SIZES = {"xxs": 64, "xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}
 """Published sizes -> model_channels."""
@@ -90,10 +97,11 @@ class MPConv(nn.Module):
 
     def forward(self, x: Tensor, gain: Tensor | float = 1) -> Tensor:
         dims = tuple(range(1, self.weight.ndim))
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
         if self.training and self.forced:
             with torch.no_grad():
-                self.weight.copy_(normalize(self.weight.to(torch.float32), dims))
-        w = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+                self.weight.copy_(normalize(self.weight.to(wide), dims))
+        w = self.weight.to(wide)
         w = (w * (gain / math.sqrt(w[0].numel()) / magnitude(w, dims))).to(x.dtype)
         return F.linear(x, w) if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
 
@@ -229,6 +237,7 @@ class EDM2UNet(nn.Module):
         check_positive(model_channels=model_channels)
         check_pyramid(img_resolution, channel_mult, attn_resolutions)
         check_probability("dropout", dropout)
+        check_label_dims(label_dim=label_dim)
         self.img_resolution = img_resolution
         self.in_channels = self.out_channels = img_channels
         self.label_dim = label_dim

@@ -59,6 +59,13 @@ def check_positive(**fields: int) -> None:
             raise UserError(f"{name} must be a whole number of at least 1, got {value!r}. Set {name} to 1 or more.")
 
 
+def check_label_dims(**fields: int) -> None:
+    """UserError unless every field is an integer of at least 0 (0 = no such labels)."""
+    for name, value in fields.items():
+        if not isinstance(value, int) or value < 0:
+            raise UserError(f"{name} must be 0 (no labels) or a whole number above, got {value!r}. Set {name} to 0.")
+
+
 def check_pyramid(img_resolution: int, channel_mult: Sequence[int], attn_resolutions: Sequence[int]) -> None:
     """UserError unless the image halves evenly once per level and attention is asked for where a level exists.
 
@@ -66,6 +73,8 @@ def check_pyramid(img_resolution: int, channel_mult: Sequence[int], attn_resolut
     """
     if not channel_mult:
         raise UserError("channel_mult must name at least one level, got []. Set channel_mult to e.g. [1, 2, 2].")
+    if min(channel_mult) < 1:
+        raise UserError(f"channel_mult must hold numbers of at least 1, got {list(channel_mult)}. Raise the smallest.")
     halvings = len(channel_mult) - 1
     if img_resolution % 2**halvings or img_resolution < 2**halvings:
         raise UserError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from common.nets.dropout import check_probability, draw_masks, dropout, feed_masks
-from common.nets.inputs import check_inputs, check_positive
+from common.nets.inputs import check_inputs, check_label_dims, check_positive
 from common.nets.layers import FourierEmbedding, Linear
 
 INIT = dict(init_mode="kaiming_uniform", init_weight=math.sqrt(1 / 3), init_bias=math.sqrt(1 / 3))
@@ -57,6 +57,7 @@ class MLPDenoiser(nn.Module):
         super().__init__()
         check_positive(img_resolution=img_resolution, in_channels=in_channels, out_channels=out_channels)
         check_positive(width=width, depth=depth)
+        check_label_dims(label_dim=label_dim, augment_dim=augment_dim)
         self.img_resolution = img_resolution
         self.in_channels = in_channels
         self.out_channels = out_channels

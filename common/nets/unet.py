@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from common.nets.dropout import check_probability, draw_masks, feed_masks, unet_layers
-from common.nets.inputs import check_choice, check_inputs, check_positive, check_pyramid
+from common.nets.inputs import check_choice, check_inputs, check_label_dims, check_positive, check_pyramid
 from common.nets.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock
 
 
@@ -33,6 +33,7 @@ class UNetBase(nn.Module):
         super().__init__()
         check_positive(img_resolution=img_resolution, in_channels=in_channels, out_channels=out_channels)
         check_probability("dropout", dropout)
+        check_label_dims(label_dim=label_dim, augment_dim=augment_dim)
         self.img_resolution = img_resolution
         self.in_channels = in_channels
         self.out_channels = out_channels
