@@ -255,21 +255,45 @@ def plot_curves(metrics_csv, folder) -> list[Path]:
     return written
 
 
-def plot_lines(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], path, *, xlabel: str, ylabel: str,
-               log_x: bool = False) -> None:
-    """One PNG with a line per entry; the y axis is logarithmic when the values are positive and span a lot."""
+def plot_lines(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], path, *, xlabel: str,
+               ylabel: str) -> None:
+    """One PNG with a line per entry; the y axis is logarithmic when the values are positive and span a lot.
+
+    `val/x` and `test/x` share a colour (line, and diamond for the final number), `.../x_floor` is a dashed level, and
+    a line of many points is drawn faint under its running mean.
+    """
     figure, axes = new_figure()
-    for index, (name, (x, y)) in enumerate(lines.items()):
-        axes.plot(x, y, color=COLOURS[index % len(COLOURS)], linewidth=1.4, label=name,
-                  marker="o" if len(x) < 30 else None, markersize=4)
+    names = list(dict.fromkeys(name.rpartition("/")[2] for name in lines))
+    labelled = set()
+    for name, (x, y) in lines.items():
+        split, _, metric = name.rpartition("/")
+        colour = COLOURS[names.index(metric) % len(COLOURS)]
+        label = None if metric in labelled else metric
+        labelled.add(metric)
+        if metric.endswith("_floor"):
+            axes.axhline(y[-1], color=colour, linewidth=1.2, linestyle="--", label=label)
+        elif split == "test":
+            axes.plot(x, y, "D", color=colour, markersize=6, label=label)
+        elif len(x) > 60:
+            axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
+            axes.plot(x, running_mean(y, len(y) // 25), color=colour, linewidth=1.6, label=label)
+        else:
+            axes.plot(x, y, color=colour, linewidth=1.4, marker="o", markersize=4, label=label)
     if wide(value for _, y in lines.values() for value in y):
         axes.set_yscale("log")
-    if log_x:
-        axes.set_xscale("log")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(3, len(labelled)), frameon=False)
     save_figure(figure, path)
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and the ones before it, at most `window` of them."""
+    means = []
+    for index in range(len(values)):
+        part = values[max(0, index + 1 - window):index + 1]
+        means.append(sum(part) / len(part))
+    return means
 
 
 def wide(values) -> bool:

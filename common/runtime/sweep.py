@@ -188,6 +188,10 @@ def _draw_lines(axes, groups: Mapping[str, list[tuple]], log_x: bool) -> None:
         axes.plot([x for x, _ in points], [y for _, y in points], "o", color=colour, markersize=5)
     if log_x:
         axes.set_xscale("log")
+    values = sorted({x for points in groups.values() for x, _ in points})
+    if len(values) <= 8:
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.minorticks_off()
 
 
 def _draw_bars(axes, groups: Mapping[str, list[tuple]]) -> None:

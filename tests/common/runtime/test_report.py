@@ -102,6 +102,10 @@ def test_curves_are_read_from_sparse_and_resumed_files(tmp_path):
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in written)
 
 
+def test_running_mean_looks_back_only():
+    assert report.running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+
+
 def test_curves_of_runs_without_them(tmp_path):
     assert report.plot_curves(tmp_path / "none.csv", tmp_path) == []
     (tmp_path / "metrics.csv").write_text("step,perf/images_per_s\n1,2.0\n")

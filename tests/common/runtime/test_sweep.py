@@ -137,3 +137,19 @@ def test_no_number_no_plot(tmp_path):
     job(tmp_path, 0, ["x=1"], None)
     jobs = sweep.read_jobs(tmp_path)
     assert not sweep.plot(sweep.table_rows(jobs), [], tmp_path / "table.png")
+
+
+@pytest.mark.slow
+def test_a_sweep_of_the_real_entry_ends_in_one_table_and_one_plot(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ONESTEP_OUTPUTS": str(tmp_path / "outputs"),
+           "ONESTEP_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-m", "projects.run", "-m", "+experiment=edm_tiny", "trainer.max_steps=2,4",
+                           "evaluate=none", "callbacks.pictures.every_n_steps=null"],
+                          cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    table, = tmp_path.rglob("table.csv")
+    with open(table, newline="") as file:
+        assert [(row["job"], row["trainer.max_steps"], row["step"]) for row in csv.DictReader(file)] == [
+            ("0", "2", "2"), ("1", "4", "4")]
+    assert (table.parent / "table.png").is_file() and "Sweep of 2 jobs" in done.stdout
+    assert (table.parent / "0/result.json").is_file()
