@@ -17,25 +17,31 @@ def main() -> int:
 
     import hydra
 
-    from common.errors import UserError
-
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here; they become one sentence below
     launch.register_resolvers()
-    entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(launch.launch)
+    refused: list[Exception] = []
+
+    def job(cfg):
+        try:
+            return launch.launch(cfg)
+        except Exception as error:
+            if launch.is_sweep():
+                raise  # the sweep's own table names the failed job
+            refused.append(error)  # past Hydra, which would print its own lines first
+
     try:
-        entry()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+        if refused:
+            raise refused[0]
     except KeyboardInterrupt:
         print("error: stopped by the user before training began; nothing was written", file=sys.stderr)
         return 130
     except Exception as error:
-        sentence = launch.explain(error, CONF)
+        sentence, code = launch.explain(error, CONF)
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
-        return 2
+        return code
     return 0
 
 

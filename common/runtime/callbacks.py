@@ -125,7 +125,7 @@ class SampleGrid(Callback):
         self.make = None  # (n) -> images (n, C, H, W); set by the runtime
         self._done = -1
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._done = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:

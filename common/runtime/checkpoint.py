@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from common.errors import UserError
 from common.files import atomic, checksum_path, sha256_file, verify_checksum, write_text
+from common.runtime.logger import log_step
 
 NAME = re.compile(r"^step-(\d+)\.ckpt$")
 
@@ -25,7 +26,7 @@ class SafeCheckpointIO(CheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
-            torch.save(checkpoint, temporary)
+            _save(checkpoint, temporary)
             write_text(checksum_path(path), f"{sha256_file(temporary)}  {path.name}\n")
 
     def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict:
@@ -35,6 +36,17 @@ class SafeCheckpointIO(CheckpointIO):
         path = Path(path)
         path.unlink(missing_ok=True)
         checksum_path(path).unlink(missing_ok=True)
+
+
+def _save(checkpoint: dict, path: Path) -> None:
+    """torch.save that reports a failed write as the OSError it is; torch's own error only counts positions."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def read_checkpoint(path, *, map_location="cpu") -> dict:
@@ -87,7 +99,7 @@ class Checkpoints(Checkpoint):
         self.last: Path | None = None
         self._saved_step = -1
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
         self.last = latest_complete(self.dirpath, say=lambda text: None)
 
@@ -103,7 +115,8 @@ class Checkpoints(Checkpoint):
         """Write the checkpoint of the current step (all ranks must call this together)."""
         step = trainer.global_step
         path = self.dirpath / f"step-{step:08d}.ckpt"
-        trainer.save_checkpoint(path)
+        log_step(trainer)
+        trainer.save_checkpoint(path, weights_only=False)  # optimiser and callbacks too; plain data all the same
         self._saved_step, self.last = step, path
         if trainer.is_global_zero:
             for old in list_checkpoints(self.dirpath)[self.keep :]:

@@ -42,7 +42,9 @@ class WeightAverages(Callback):
             else:
                 self.averages[profile] = {n: p.detach().clone() for n, p in named.items()}
         self._pending = None
-        self._last_step = trainer.global_step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step  # on_fit_start comes before the step counter is restored
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         step = trainer.global_step

@@ -19,8 +19,8 @@ class Evaluation:
     samples, batch_size  images per sampler, and how many at a time (the images do not depend on it)
     seed                 image i depends on (seed, i) alone
     average              which weights: an entry of ema.profiles, or raw
-    samplers             name -> sampler (`common.diffusion.sample`)
-    extractors           name -> feature extractor (`common.metrics.features`)
+    samplers             name -> sampler (`common.diffusion.sample`); null takes an inherited entry away
+    extractors           name -> feature extractor (`common.metrics.features`); null likewise
     every_n_steps        optimiser steps between two points of the curve, None: only at the end
     curve_samples        images per point of the curve
     floor                also the distance of held-out real images (split "test") from the training images
@@ -39,8 +39,8 @@ class Evaluation:
         every_n_steps: int | None,
         curve_samples: int,
         floor: bool,
-        samplers: dict[str, object],
-        extractors: dict[str, FeatureExtractor],
+        samplers: dict[str, object | None],
+        extractors: dict[str, FeatureExtractor | None],
         rounding: str = "edm",
         ddof: int = 1,
         inception_score: bool = False,
@@ -51,7 +51,8 @@ class Evaluation:
         index_batches(curve_samples, batch_size, "evaluate")
         self.samples, self.batch_size, self.seed, self.average = samples, batch_size, seed, average
         self.every_n_steps, self.curve_samples, self.with_floor = every_n_steps, curve_samples, floor
-        self.samplers, self.extractors = dict(samplers), list(extractors.values())
+        self.samplers = {name: sampler for name, sampler in samplers.items() if sampler is not None}
+        self.extractors = [extractor for extractor in extractors.values() if extractor is not None]
         self._options = dict(
             rounding=rounding, ddof=ddof, inception_score=inception_score, precision_recall=precision_recall,
             cache_dir=cache_dir, batch_size=batch_size,
@@ -98,7 +99,7 @@ class EvaluationCurve(Callback):
         self.evaluation, self.data, self.averages, self.progress = evaluation, data, averages, progress
         self._done = -1
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._done = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from common.errors import UserError
+from common.errors import UserError, user_error
 from common.files import write_json, write_text
 from common.runtime import needs as companions
 from common.runtime.callbacks import Progress, SampleGrid, Throughput
@@ -55,7 +55,7 @@ def assemble(cfg: DictConfig, *, training: bool) -> Assembled:
     if training:
         micro_batch(cfg.data.batch_size, world_size(cfg), cfg.trainer.accumulate_grad_batches)
     data = instantiate(cfg.data)
-    evaluation = instantiate(cfg.evaluate)
+    evaluation = build_evaluation(cfg, training=training)
     if training or evaluation:
         data.check()
     if torch.cuda.is_available() and cfg.speed.tf32:
@@ -71,6 +71,24 @@ def assemble(cfg: DictConfig, *, training: bool) -> Assembled:
     if cfg.speed.compile:
         module.net.raw.compile()  # in place: state-dict keys stay as they are
     return Assembled(cfg, plain, Path(cfg.run.dir), data, module, evaluation)
+
+
+def build_evaluation(cfg: DictConfig, *, training: bool) -> Evaluation:
+    """The evaluation of a configuration.
+
+    A missing extractor file is no reason not to train: the run says so at the start and goes on without metrics
+    (`task=test` measures them later). Every other verb refuses.
+    """
+    try:
+        return instantiate(cfg.evaluate)
+    except Exception as error:
+        refusal = user_error(error)
+        if not training or refusal is None:
+            raise
+        print(f"note: no metrics in this run, measure later with task=test: {refusal}", flush=True)
+        without = cfg.evaluate.copy()
+        without.extractors = {}
+        return instantiate(without)
 
 
 def prepare_folder(run: Assembled, overrides: list[str]) -> Path | None:
@@ -151,8 +169,14 @@ def instantiate_trainer(cfg: DictConfig, **objects) -> Trainer:
     import hydra
 
     return hydra.utils.instantiate(
-        cfg.trainer, _convert_="all", plugins=[SafeCheckpointIO()], enable_checkpointing=True, **objects
+        cfg.trainer, _convert_="all", log_every_n_steps=_logging_interval(cfg), plugins=[SafeCheckpointIO()], enable_checkpointing=True, **objects
     )
+
+
+def _logging_interval(cfg: DictConfig) -> int:
+    """Steps between two logged rows: a run shorter than the interval still logs its last step."""
+    every, steps = cfg.trainer.log_every_n_steps, cfg.trainer.max_steps
+    return min(every, steps) if steps > 0 else every
 
 
 def fit_task(cfg: DictConfig) -> float | None:
@@ -162,7 +186,7 @@ def fit_task(cfg: DictConfig) -> float | None:
     run = assemble(cfg, training=True)
     results = {
         name: companions.ensure(name, need, seed=cfg.seed, paths=run.plain["paths"])
-        for name, need in run.plain["needs"].items()
+        for name, need in (run.plain["needs"] or {}).items()
     }
     init = find_init(cfg.init.file, cfg.init.hint)
     start = prepare_folder(run, overrides)
@@ -191,8 +215,6 @@ def finish(run: Assembled, trainer: Trainer, averages: WeightAverages, results: 
     objective = None
     trained = time.perf_counter() - started + before
     metrics: dict = {}
-    if trainer.received_sigterm:
-        return None
     with averaged(module, choose_average(averages.averages, cfg.evaluate.average)):
         if run.evaluation:
             if trainer.is_global_zero:
@@ -214,7 +236,7 @@ def finish(run: Assembled, trainer: Trainer, averages: WeightAverages, results: 
         run.folder, experiment=cfg.run.experiment, task=cfg.task, overrides=overrides, seed=cfg.seed,
         step=trainer.global_step, wall_time_s=trained, metrics=metrics, objective=objective,
     )  # fmt: skip
-    if run.plain["table"]:
+    if run.plain["table"] and metrics:
         own = {"metrics": {k: {"value": v} for k, v in values.items()}, "step": trainer.global_step, "wall_time_s": trained}
         print_closing_table(run, own, results)
     grids = sorted((run.folder / "pictures").glob("step-*.png"))[-1:]

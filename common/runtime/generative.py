@@ -53,6 +53,12 @@ class GenerativeModule(LightningModule):
             return None
         return nn.functional.one_hot(labels, self.net.label_dim).to(torch.float32)
 
+    def log(self, name, value, **options) -> None:
+        """Lightning's `log`, tensors averaged over the processes; nothing outside a trainer (planning, notebooks)."""
+        if self._trainer is not None:
+            sync = torch.is_tensor(value) and self.trainer.world_size > 1
+            super().log(name, value, **{"sync_dist": sync, **options})
+
     def configure_optimizers(self):
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
         if self.schedule is None:

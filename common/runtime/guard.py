@@ -65,7 +65,7 @@ class NonFiniteGuard(Callback):
         resume = f"Last good checkpoint: {last}" if last else "No checkpoint had been written yet"
         return (
             f"Stopped at step {trainer.global_step} before the weights were touched: {culprit}. {resume}. "
-            f"Lower the learning rate or run with +debug=nan to find the operation."
+            f"Lower the learning rate or run with +debug=nonfinite to find the operation."
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from common.errors import UserError, nearest
+from common.errors import UserError, nearest, user_error
 
 VERBS = ("fit", "test", "sample", "export", "plan")
 
@@ -73,25 +73,49 @@ def help_text(conf: Path) -> str:
     ])
 
 
-def explain(error: Exception, conf: Path) -> str | None:
-    """One sentence for an exception that a user's input caused, or None when it is a fault of the program."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+def explain(error: Exception, conf: Path) -> tuple[str | None, int]:
+    """(one sentence, exit code) for an exception that a user's input caused; (None, 1) for a fault of the program."""
+    from common.runtime.explain import explain_hydra_error, is_composition_error
 
-    from common.runtime.explain import explain_hydra_error
-
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return explain_hydra_error(error, conf)
+    refusal = user_error(error)
+    if refusal is not None:
+        return str(refusal), refusal.exit_code
+    if is_composition_error(error):
+        return explain_hydra_error(error, conf), 2
     if isinstance(error, PermissionError) and error.filename:
-        return f"{error.filename} is not writable. Choose another folder with paths.outputs=<folder> or run.dir=<folder>."
+        return f"{error.filename} is not writable. Choose another folder with paths.outputs=<folder> or run.dir=<folder>.", 2
     if isinstance(error, OSError) and error.filename and error.errno in (20, 17, 28, 30):
-        return f"Cannot write {error.filename}: {error.strerror}. Choose another folder with paths.outputs=<folder>."
-    return None
+        return f"Cannot write {error.filename}: {error.strerror}. Choose another folder with paths.outputs=<folder>.", 2
+    return None, 1
+
+
+def open_sections(schema: dict) -> dict:
+    """The schema with the sections whose keys are names a user chooses left open."""
+    from common.runtime.check import OPEN
+
+    return {**schema, "needs": OPEN, "table": OPEN, "published": OPEN}
+
+
+def quiet() -> None:
+    """Keep Lightning's advertisements and notes on its own internals out of the output; warnings about the run stay."""
+    import logging
+    import warnings
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*isinstance.treespec, LeafSpec.*", ".*no .validation_step.*",
+        ".*does not have many workers.*", ".*Checkpoint directory .* exists.*", ".*lightning.pytorch.*litlogger.*",
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", message=message)
+
+
+def is_sweep() -> bool:
+    """True inside a job of `-m`."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def launch(cfg: DictConfig):
@@ -108,11 +132,12 @@ def launch(cfg: DictConfig):
         OmegaConf.update(cfg, "run.experiment", str(choices.get("experiment") or "none").replace("/", "_"))
     if cfg.speed.threads:
         os.environ["OMP_NUM_THREADS"] = str(cfg.speed.threads)
+    quiet()
 
     from common.runtime.check import check, read_schema
 
     conf = Path(__file__).resolve().parents[2] / "conf"
-    check(cfg, schema=read_schema(conf))
+    check(cfg, schema=open_sections(read_schema(conf)))
     run_dir = Path(cfg.run.dir)
     if not os.access(run_dir if run_dir.exists() else run_dir.parent, os.W_OK):
         raise UserError(f"{run_dir} is not writable. Choose another folder with paths.outputs=<folder>.")

@@ -4,10 +4,22 @@ import csv
 import os
 from pathlib import Path
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from common.files import atomic
+from common.files import atomic, write_error
+
+
+def log_step(trainer: Trainer) -> None:
+    """Write the row of the optimiser step under way to metrics.csv now, if that step has one.
+
+    Lightning logs after the callbacks; a checkpoint of step n must not be on disk before the row of step n is.
+    """
+    if trainer.global_step % trainer.log_every_n_steps == 0:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.log_metrics(trainer.logged_metrics, step=trainer.global_step - 1)
 
 
 class MetricsCSV(Logger):
@@ -53,19 +65,22 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: dict, step: int | None = None) -> None:
         self._load()
         step = int(step or 0)
+        values = {k: repr(float(v)) for k, v in metrics.items() if k != "epoch"}
+        if self._rows.get(step, {}).items() >= values.items():
+            return  # nothing given, or all of it there already
         row = self._rows.setdefault(step, {})
         fresh = not row
-        row.update({k: repr(float(v)) for k, v in metrics.items() if k != "epoch"})
-        if not row:
-            del self._rows[step]
-            return
+        row.update(values)
         unseen = [k for k in row if k not in self._columns]
         self._columns += unseen
         if unseen or not fresh or step != max(self._rows):
             self._rewrite()
         else:
-            with open(self.path, "a", newline="") as file:
-                csv.writer(file).writerow(self._line(step))
+            try:
+                with open(self.path, "a", newline="") as file:
+                    csv.writer(file).writerow(self._line(step))
+            except OSError as error:
+                raise write_error(self.path, error) from error
 
     def _line(self, step: int) -> list[str]:
         return [str(step), *(self._rows[step].get(column, "") for column in self._columns)]

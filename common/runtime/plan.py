@@ -62,10 +62,13 @@ def world_size(cfg: DictConfig) -> int:
 
 
 def _for_planning(cfg: DictConfig) -> DictConfig:
-    """Data-dependent row selection cannot be traced: plan the version in which every row takes every pass."""
+    """What cannot be traced is left out: data-dependent row selection (every row takes every pass, an upper bound) and
+    the augmentation, which is no matrix work.
+    """
     cfg = cfg.copy()
-    if OmegaConf.select(cfg, "project.loss.skip_zero") is not None:
-        OmegaConf.update(cfg, "project.loss.skip_zero", False)
+    for key, value in (("project.loss.skip_zero", False), ("project.augment", None)):
+        if OmegaConf.select(cfg, key) is not None:
+            OmegaConf.update(cfg, key, value)
     return cfg
 
 
