@@ -2,11 +2,14 @@
 
 import csv
 import errno
+import gc
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
-import textwrap
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from lightning.pytorch import Callback
 from common.errors import UserError
 from common.runtime import checkpoint, fit
 from common.runtime.guard import Interrupted
-from common.runtime.launch import open_sections, quiet, register_resolvers
+from common.runtime.launch import quiet, register_resolvers
 
 REPO = Path(__file__).resolve().parent.parent
 MLP = ("project.net.model.width=16", "project.net.model.depth=1", "speed.threads=1", "plan.parameters=null")
@@ -29,13 +32,13 @@ AVERAGES = (
 EDM = (
     "+experiment=edm_tiny", *MLP, "project.net.model.dropout=0.2", "project.net.model.augment_dim=9",
     "+project.augment._target_=common.data.augment.EdmAugment", "schedule@project.schedule=ramp",
-    "sampler.steps=3", "evaluate.samplers.heun.steps=2",
+    "evaluate.samplers.heun.steps=2",
 )  # fmt: skip
 ECT = (
     "+experiment=ect_tiny", *MLP, "init.file=null", "needs=null", "table=[]", "project.net.model.dropout=0.2",
     "project.steps_per_stage=4",
 )  # fmt: skip
-RECIPES = {"edm": tuple(o for o in EDM if not o.startswith("sampler.")), "ect": ECT}
+RECIPES = {"edm": EDM, "ect": ECT}
 # A point of the curve and a picture between the checkpoints, so that neither may move a random stream.
 WATCHED = (
     "evaluate.every_n_steps=3", "evaluate.curve_samples=8", "evaluate.samples=8", "evaluate.batch_size=8",
@@ -140,15 +143,16 @@ def straight(tmp_path_factory):
     return run
 
 
-# 1,400 digits: at batch 128 step 11 crosses the end of the first pass over the data, at batch 64 everything is within it
+# 1,400 digits: at batch 128 step 11 crosses the end of the first pass over the data; at batch 64 all is within it
 @pytest.mark.parametrize("overrides", [
-    pytest.param(("data.num_workers=0",), id="across_the_epoch_end"),
-    pytest.param(("data.num_workers=0", "data.batch_size=64"), id="mid_epoch"),
-    pytest.param(("data.num_workers=0", "trainer.accumulate_grad_batches=2"), id="accumulated"),
+    pytest.param((), id="across_the_epoch_end"),
+    pytest.param(("data.batch_size=64",), id="mid_epoch"),
+    pytest.param(("trainer.accumulate_grad_batches=2",), id="accumulated"),
     pytest.param(("data.num_workers=2", "data.batch_size=100"), id="two_workers"),
 ])  # fmt: skip
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_13_and_7_steps_are_20_steps_bit_for_bit(recipe, overrides, straight, tmp_path):
+def test_13_and_7_steps_are_20_steps_bit_for_bit(recipe, overrides, straight, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # else workers idle 5 s before they go
     folder = tmp_path / "run"
     whole = straight(recipe, *overrides)
     with leaving(13, signal.SIGTERM), pytest.raises(Interrupted):
@@ -156,3 +160,291 @@ def test_13_and_7_steps_are_20_steps_bit_for_bit(recipe, overrides, straight, tm
     assert newest(folder)["global_step"] == 13
     fit.fit_task(composed(folder, recipe, "trainer.max_steps=20", *overrides))
     assert_same_run(whole, folder)
+    gc.collect()  # ends the workers of the interrupted half here, at the short interval
+
+
+def test_a_stop_at_the_last_step_leaves_only_the_ending_to_do(straight, tmp_path):
+    folder = tmp_path / "run"
+    whole = straight("ect", *OFTEN)
+    with leaving(20, signal.SIGINT), pytest.raises(Interrupted) as stop:
+        fit.fit_task(composed(folder, "ect", *KILLED))
+    assert stop.value.exit_code == 130 and not (folder / "result.json").exists()
+    fit.fit_task(composed(folder, "ect", *KILLED))
+    assert_same_run(whole, folder)
+    assert (folder / "result.json").is_file()
+    assert (whole / "export/model.safetensors").read_bytes() == (folder / "export/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("overrides", [(), ("trainer.accumulate_grad_batches=2",)], ids=["plain", "accumulated"])
+def test_a_finished_run_goes_on_when_it_is_given_more_steps(overrides, straight, tmp_path):
+    folder = tmp_path / "run"
+    for steps in (13, 20):
+        fit.fit_task(composed(folder, "edm", f"trainer.max_steps={steps}", *overrides))
+    one, two = newest(straight("edm", *overrides)), newest(folder)
+    for part in ("state_dict", "averages", "optimizer_states", "lr_schedulers", "global_step"):
+        assert_equal(one[part], two[part], part)
+    assert [r["train/loss"] for r in rows(straight("edm", *overrides))] == [r["train/loss"] for r in rows(folder)]
+
+
+def test_the_stage_and_the_schedule_follow_the_step(straight):
+    logged = [float(row["train/stage"]) for row in rows(straight("ect", *OFTEN))]
+    assert logged == [float(step // 4) for step in range(20)]
+    schedule = newest(straight("edm", "data.batch_size=64"))["lr_schedulers"][0]
+    assert schedule["last_epoch"] == 20
+
+
+# kill -9 --------------------------------------------------------------------------------------------------------------
+
+OFTEN = ("callbacks.checkpoints.every_n_steps=5",)
+KILLED = ("trainer.max_steps=20", *OFTEN)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Kill(Callback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == self.step:
+            die()
+
+
+def in_child(work) -> int:
+    """Exit status of a forked child that runs `work()`; -9 when it was killed."""
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(60)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def fit_and_die(folder: Path, recipe: str, before) -> None:
+    """Fits in a child that `before()` has told how to die, until it is dead."""
+
+    def work():
+        before()
+        fit.fit_task(composed(folder, recipe, *KILLED))
+
+    assert in_child(work) == -signal.SIGKILL
+
+
+def kill_before_step(step: int):
+    def before():
+        build = fit.build_trainer
+
+        def build_killed(run):
+            trainer, averages = build(run)
+            trainer.callbacks.append(Kill(step))
+            return trainer, averages
+
+        fit.build_trainer = build_killed  # in the child only
+
+    return before
+
+
+@pytest.mark.parametrize("step", [3, 5, 12, 19])
+def test_kill_9_between_two_steps_and_the_same_command_again(step, straight, tmp_path):
+    folder = tmp_path / "run"
+    fit_and_die(folder, "ect", kill_before_step(step))
+    found = [int(p.stem[5:]) for p in checkpoint.list_checkpoints(folder / "checkpoints")]
+    assert found == {3: [], 5: [5], 12: [10, 5], 19: [15, 10]}[step]
+    fit.fit_task(composed(folder, "ect", *KILLED))
+    assert_same_run(straight("ect", *OFTEN), folder)
+
+
+def half_of_the_data():
+    save = torch.save
+
+    def half(content, file):
+        if content["global_step"] < 10:
+            return save(content, file)
+        save(content, file)
+        file.flush()
+        file.truncate(file.tell() // 2)
+        die()
+
+    torch.save = half
+
+
+def before_the_file_moves_into_place(suffix: str):
+    def before():
+        replace = os.replace
+
+        def stop(source, target):
+            if Path(target).name == f"step-00000010.ckpt{suffix}":
+                die()
+            replace(source, target)
+
+        os.replace = stop
+
+    return before
+
+
+def after_the_file_moved():
+    checkpoint.SafeCheckpointIO.remove_checkpoint = lambda self, path: die()
+
+
+@pytest.mark.parametrize("how", [
+    pytest.param(half_of_the_data, id="half_of_the_data"),
+    pytest.param(before_the_file_moves_into_place(".sha256"), id="before_the_checksum"),
+    pytest.param(before_the_file_moves_into_place(""), id="before_the_rename"),
+    pytest.param(after_the_file_moved, id="before_old_ones_go"),
+])  # fmt: skip
+def test_kill_9_during_a_checkpoint_write(how, straight, tmp_path, capsys):
+    folder = tmp_path / "run"
+    fit_and_die(folder, "ect", how)
+    complete = checkpoint.latest_complete(folder / "checkpoints", say=pytest.fail)
+    assert complete.name == ("step-00000015.ckpt" if how is after_the_file_moved else "step-00000005.ckpt")
+    fit.fit_task(composed(folder, "ect", *KILLED))
+    assert f"continuing {complete.name}" in capsys.readouterr().out
+    assert_same_run(straight("ect", *OFTEN), folder)
+    left = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert left == [f"step-{n:08d}.ckpt{s}" for n in (15, 20) for s in ("", ".sha256")], "nothing half-written stays"
+
+
+# Damaged files --------------------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def lose_the_checksum(path: Path) -> None:
+    checkpoint.checksum_path(path).unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_the_checksum])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, straight, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with leaving(11, RuntimeError("pulled plug")), pytest.raises(RuntimeError):
+        fit.fit_task(composed(folder, "ect", *KILLED))
+    bad = folder / "checkpoints/step-00000010.ckpt"
+    damage(bad)
+    fit.fit_task(composed(folder, "ect", *KILLED))
+    out = capsys.readouterr().out
+    assert f"Checkpoint {bad} is cut short or altered" in out and "continuing step-00000005.ckpt" in out
+    assert_same_run(straight("ect", *OFTEN), folder)
+
+
+def test_every_checkpoint_is_plain_data(straight):
+    for recipe in RECIPES:
+        paths = checkpoint.list_checkpoints(straight(recipe) / "checkpoints")
+        assert paths
+        for path in paths:
+            assert torch.load(path, weights_only=True)["global_step"] == int(path.stem[5:])
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch, straight):
+    folder = tmp_path / "run"
+    save = torch.save
+
+    def full(content, file):
+        if content["global_step"] >= 10:
+            file.write(b"half")
+            try:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                raise RuntimeError("unexpected pos 576 vs 534") from None  # torch's words for it
+        return save(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"Cannot write .*step-00000010.ckpt: the disk is full. Free some") as error:
+        fit.fit_task(composed(folder, "ect", *KILLED))
+    assert "\n" not in str(error.value)
+    left = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert left == ["step-00000005.ckpt", "step-00000005.ckpt.sha256"]
+    monkeypatch.undo()
+    fit.fit_task(composed(folder, "ect", *KILLED))
+    assert_same_run(straight("ect", *OFTEN), folder)
+
+
+def test_torch_reports_a_failed_write_as_the_oserror_it_is(tmp_path):
+    """A real write that fails midway: the file-size limit stands in for the end of the disk."""
+    writer, path = checkpoint.SafeCheckpointIO(), tmp_path / "step-00000001.ckpt"
+    writer.save_checkpoint({"x": torch.zeros(10)}, path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OSError) as error:
+            writer.save_checkpoint({"x": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG
+    assert path.read_bytes() == before and checkpoint.verify_checksum(path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("override", "named"), [
+    ("data.batch_size=64", "data.batch_size was 128, is 64"),
+    ("project.net.model.width=32", "project.net.model.width was 16, is 32"),
+    ("seed=1", "seed was 0, is 1"),
+    ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches was 1, is 2"),
+    ("ema.profiles.ema.decay=0.5", "ema.profiles.ema.decay was 0.999, is 0.5"),
+    ("project.optimizer.lr=0.1", "project.optimizer.lr was 0.0003, is 0.1"),
+])  # fmt: skip
+def test_a_folder_of_another_run_is_refused_by_the_key(override, named, straight):
+    folder = straight("ect", *OFTEN)
+    kept = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    with pytest.raises(UserError) as error:
+        fit.fit_task(composed(folder, "ect", "trainer.max_steps=20", override))
+    assert named in str(error.value) and "resume=never" in str(error.value) and "\n" not in str(error.value)
+    assert {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} == kept, "nothing may change"
+
+
+def test_starting_over_keeps_the_old_checkpoints_aside(tmp_path, capsys):
+    folder = tmp_path / "run"
+    fit.fit_task(composed(folder, "ect", "trainer.max_steps=2"))
+    fit.fit_task(composed(folder, "ect", "trainer.max_steps=3", "resume=never"))
+    assert (folder / "checkpoints.old-1/step-00000002.ckpt").is_file()
+    assert "training: resume to step 3" in capsys.readouterr().out
+    assert len(rows(folder)) == 3
+
+
+# The command itself ---------------------------------------------------------------------------------------------------
+
+
+def command(folder: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "projects.run", "+experiment=ect_tiny", *MLP, "init.file=null", "needs=null", "table=[]",
+        f"run.dir={folder}", f"paths.outputs={folder.parent}", "trainer.max_steps=3000", "data.batch_size=8",
+        "callbacks.checkpoints.every_n_steps=20", "evaluate=none", "callbacks.pictures=null", "data.num_workers=2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("signum", "code"), [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL),
+])  # fmt: skip
+def test_signals_to_the_command(signum, code, tmp_path):
+    folder = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command(folder), cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not checkpoint.list_checkpoints(folder / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    newest_file = checkpoint.latest_complete(folder / "checkpoints")
+    step = int(newest_file.stem[5:])
+    assert 0 < step < 3000
+    if signum != signal.SIGKILL:
+        name = signal.Signals(signum).name
+        assert err == (
+            f"error: {name} received: stopped after step {step}. Checkpoint: {newest_file}. The same command continues "
+            f"from there.\n"
+        )

@@ -102,6 +102,9 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
         self.last = latest_complete(self.dirpath, say=lambda text: None)
+        if trainer.is_global_zero and self.dirpath.is_dir():
+            for cut_short in self.dirpath.glob(".tmp-*"):  # of a run that was killed while it wrote
+                cut_short.unlink(missing_ok=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         if trainer.global_step != self._saved_step and trainer.global_step % self.every_n_steps == 0:
