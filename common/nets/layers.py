@@ -17,6 +17,7 @@ from common.nets.attention import attention
 from common.nets.dropout import dropout
 from common.nets.inputs import attention_heads, check_choice
 
+ONEDNN = torch.backends.mkldnn.is_available()
 INIT_MODES = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
 
 
@@ -109,7 +110,10 @@ class Conv2d(nn.Module):
 
     def _convolve(self, x: Tensor, padding: int, bias: bool = True) -> Tensor:
         b = self.bias.to(x.dtype) if bias and self.bias is not None else None
-        return F.conv2d(x, self.weight.to(x.dtype), b, padding=padding)
+        # For a 1x1 kernel dilation means nothing, but it makes torch take oneDNN on a single CPU thread as well, where
+        # it otherwise multiplies matrices with a library that is half as fast (9 against 20 ms, 512 -> 256 at 32x32).
+        pointwise = self.kernel == 1 and ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
+        return F.conv2d(x, self.weight.to(x.dtype), b, padding=padding, dilation=2 if pointwise else 1)
 
     def _taps(self, x: Tensor, gain: float) -> Tensor:
         return (self.resample_filter * gain).to(x.dtype).expand(x.shape[1], -1, -1, -1)
