@@ -28,7 +28,13 @@ passes, backward, non-finite gradients, RAdam, average of the weights.
   ours        what `python -m projects.run +experiment=ect_cifar10` runs: configuration, module, guard and averages"""
 
 PUBLISHED, OURS, LAYOUT, HALF, COMPILED = "published", "ours", "ours channels_last", "ours bf16", "ours compile"
-TINY = {"model_channels": 16, "channel_mult": [1, 1], "num_blocks": 1, "img_resolution": 8, "attn_resolutions": [4]}
+TINY = ["project.net.model." + word for word in (
+    "img_resolution=8", "model_channels=16", "channel_mult=[1,1]", "num_blocks=1", "attn_resolutions=[4]")]
+SETTINGS = {
+    LAYOUT: ["speed.channels_last=true"],
+    HALF: ["trainer.precision=bf16-mixed"],
+    COMPILED: ["speed.compile=true"],
+}  # the words a user adds to the command
 DECAY = 0.9999
 
 
@@ -38,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--channels-last", action="store_true", help="a row with speed.channels_last=true")
     parser.add_argument("--autocast", choices=["bf16"], help="a row with trainer.precision=bf16-mixed")
     parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND",
-                        help="a row with speed.compile=true; BACKEND: inductor (needs a C++ compiler), aot_eager, eager")
+                        help="a row with speed.compile=true; BACKEND: inductor (default), aot_eager, eager")
     parser.add_argument("--tiny", action="store_true", help="a network of 16 channels at 8x8 instead: only a try-out")
 
 
@@ -55,26 +61,32 @@ def cases(options: argparse.Namespace) -> list[str]:
 
 
 def make(variant: str, options: argparse.Namespace):
-    cfg = compose("+experiment=ect_cifar10", *(f"project.net.model.{k}={v}" for k, v in TINY.items() if options.tiny))
-    module = build(cfg)
+    words = TINY if options.tiny else ()
     if variant == PUBLISHED:
-        return PublishedStep(module, batch=options.batch)
-    if variant == LAYOUT:
+        return PublishedStep(build(compose(*words)), batch=options.batch)
+    return our_step(*words, *SETTINGS.get(variant, ()), batch=options.batch, backend=options.compile)
+
+
+def our_step(*words: str, batch: int, backend: str | None = None) -> "OurStep":
+    """The step of `python -m projects.run +experiment=ect_cifar10 <words>`. backend: of torch.compile."""
+    cfg = compose(*words)
+    module = build(cfg)
+    if cfg.speed.channels_last:
         module.net.to(memory_format=torch.channels_last)
-    if variant == COMPILED:
-        module.net.raw.compile(backend=options.compile)
-    return OurStep(module, cfg, batch=options.batch, autocast=variant == HALF)
+    if cfg.speed.compile:
+        module.net.raw.compile(**({"backend": backend} if backend else {}))
+    return OurStep(module, cfg, batch=batch)
 
 
-def compose(*overrides: str):
-    """The configuration `python -m projects.run <overrides>` would run."""
+def compose(*words: str):
+    """The configuration of `python -m projects.run +experiment=ect_cifar10 <words>`."""
     import hydra
 
     from common.runtime.launch import register_resolvers
 
     register_resolvers()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return hydra.compose("config", overrides=[*overrides, "run.experiment=bench"])
+        return hydra.compose("config", overrides=["+experiment=ect_cifar10", *words, "run.experiment=bench"])
 
 
 def build(cfg) -> nn.Module:
@@ -107,12 +119,12 @@ class OurStep:
     Outside a Lightning Trainer, whose own loop costs microseconds; callbacks get a stand-in with what they read.
     """
 
-    def __init__(self, module: nn.Module, cfg, *, batch: int, autocast: bool = False):
+    def __init__(self, module: nn.Module, cfg, *, batch: int):
         from hydra.utils import instantiate
 
         from common.runtime.guard import NonFiniteGuard
 
-        self.module, self.autocast = module, autocast
+        self.module, self.autocast = module, cfg.trainer.precision == "bf16-mixed"
         self.batch = {"image": images(module, batch), "label": torch.zeros(batch, dtype=torch.long)}
         made = module.configure_optimizers()
         self.optimizer = made["optimizer"] if isinstance(made, dict) else made
@@ -287,7 +299,7 @@ class PublishedUNet(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         frequencies = (1 / 10000) ** (torch.arange(self.half, dtype=torch.float32) / (self.half - 1))
-        angles = noise.ger(frequencies)
+        angles = noise.ger(frequencies.to(noise.dtype))
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
         skips = []
