@@ -1,4 +1,4 @@
-"""The one entry: `python -m projects.run +experiment=<name> [task=fit|test|sample|export|plan] [key=value ...] [-m]`."""
+"""The one entry: `python -m projects.run +experiment=<name> [task=fit|test|sample|export|plan] [key=value] [-m]`."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ def main() -> int:
         if refused:
             raise refused[0]
     except KeyboardInterrupt:
-        print("error: stopped by the user before training began; nothing was written", file=sys.stderr)
+        print("error: stopped by the user. The same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
     except Exception as error:
         sentence, code = launch.explain(error, CONF)

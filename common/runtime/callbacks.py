@@ -79,7 +79,8 @@ class Progress(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
-        if not trainer.is_global_zero or (step % (20 if self._bar else self.every_n_steps) and step != trainer.max_steps):
+        every = 20 if self._bar else self.every_n_steps
+        if not trainer.is_global_zero or (step % every and step != trainer.max_steps):
             return
         text = self._text(trainer, outputs)
         if self._bar is not None:

@@ -17,7 +17,8 @@ from common.errors import UserError, nearest
 class WeightAverages(Callback):
     """Keeps `averages[name]` of the module's parameters, updated once per optimiser step.
 
-    profiles  name -> decay object of `common.diffusion.ema` with `.decay(step=, batch_size=, images_seen=) -> float`
+    profiles  name -> decay object of `common.diffusion.ema` with `.decay(step=, batch_size=, images_seen=) -> float`;
+              null takes an inherited entry away
     every     update every k optimiser steps with the decay of k steps' worth of images
 
     Memory: one float copy of the parameters per profile. Buffers are not averaged: evaluation uses the current ones.
@@ -27,7 +28,13 @@ class WeightAverages(Callback):
     def __init__(self, *, profiles: dict, every: int = 1):
         if every < 1:
             raise UserError(f"ema.every must be >= 1, got {every}. Set ema.every=1 to update at every step.")
-        self.profiles = dict(profiles)
+        self.profiles = {name: profile for name, profile in profiles.items() if profile is not None}
+        for name, profile in self.profiles.items():
+            if not callable(getattr(profile, "decay", None)):
+                raise UserError(
+                    f"ema.profiles.{name} is no average but {profile}. Give it a _target_ of common.diffusion.ema as "
+                    f"in conf/ema, or set ema.profiles.{name}=null."
+                )
         self.every = every
         self.averages: dict[str, dict[str, Tensor]] = {}
         self._last_step = 0

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Assembled:
     folder: Path
     data: LightningDataModule
     module: GenerativeModule
-    evaluation: Evaluation
+    evaluation: Evaluation | None  # None for verbs that measure nothing
 
 
 def instantiate(node):
@@ -49,13 +50,13 @@ def instantiate(node):
     return hydra.utils.instantiate(node, _convert_="all")
 
 
-def assemble(cfg: DictConfig, *, training: bool) -> Assembled:
-    """Build what every verb needs, cheapest refusal first: batch size, data files, then the network."""
+def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
+    """Build what a verb needs, cheapest refusal first: batch size, data files, then the network."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     if training:
         micro_batch(cfg.data.batch_size, world_size(cfg), cfg.trainer.accumulate_grad_batches)
     data = instantiate(cfg.data)
-    evaluation = build_evaluation(cfg, training=training)
+    evaluation = build_evaluation(cfg, training=training) if measuring else None
     if training or evaluation:
         data.check()
     if torch.cuda.is_available() and cfg.speed.tf32:
@@ -79,6 +80,9 @@ def build_evaluation(cfg: DictConfig, *, training: bool) -> Evaluation:
     A missing extractor file is no reason not to train: the run says so at the start and goes on without metrics
     (`task=test` measures them later). Every other verb refuses.
     """
+    without = cfg.evaluate.copy()
+    without.extractors = {}
+    nothing_measured = instantiate(without)  # refuses what is wrong with the section itself
     try:
         return instantiate(cfg.evaluate)
     except Exception as error:
@@ -86,9 +90,7 @@ def build_evaluation(cfg: DictConfig, *, training: bool) -> Evaluation:
         if not training or refusal is None:
             raise
         print(f"note: no metrics in this run, measure later with task=test: {refusal}", flush=True)
-        without = cfg.evaluate.copy()
-        without.extractors = {}
-        return instantiate(without)
+        return nothing_measured
 
 
 def prepare_folder(run: Assembled, overrides: list[str]) -> Path | None:
@@ -139,6 +141,8 @@ def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
     """Lightning's Trainer with our checkpoint files, averages and callbacks in their order."""
     cfg, module = run.cfg, run.module
     averages = instantiate(cfg.ema)
+    for wanted in (cfg.evaluate.average, cfg.sample.average):
+        choose_average(dict.fromkeys(averages.profiles), wanted)  # refuse now, not after the last step
     callbacks = {name: instantiate(node) for name, node in (cfg.callbacks or {}).items() if node is not None}
     progress = next((c for c in callbacks.values() if isinstance(c, Progress)), None)
     ordered = [averages, *callbacks.values()]
@@ -148,7 +152,7 @@ def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
         if isinstance(callback, SampleGrid):
             sampler = instantiate(cfg.sample.sampler)
 
-            def make(count: int) -> torch.Tensor:
+            def make(count: int, sampler=sampler) -> torch.Tensor:
                 weights = choose_average(averages.averages, cfg.sample.average)
                 with averaged(module, weights):
                     return module.generate(torch.arange(count), sampler=sampler, seed=cfg.sample.seed)
@@ -169,8 +173,9 @@ def instantiate_trainer(cfg: DictConfig, **objects) -> Trainer:
     import hydra
 
     return hydra.utils.instantiate(
-        cfg.trainer, _convert_="all", log_every_n_steps=_logging_interval(cfg), plugins=[SafeCheckpointIO()], enable_checkpointing=True, **objects
-    )
+        cfg.trainer, _convert_="all", log_every_n_steps=_logging_interval(cfg), plugins=[SafeCheckpointIO()],
+        enable_checkpointing=True, **objects,
+    )  # fmt: skip
 
 
 def _logging_interval(cfg: DictConfig) -> int:
@@ -183,7 +188,7 @@ def fit_task(cfg: DictConfig) -> float | None:
     """Train (or continue), evaluate, export; returns the sweep objective: the first metric of the evaluation."""
     started = time.perf_counter()
     overrides = task_overrides()
-    run = assemble(cfg, training=True)
+    run = assemble(cfg, training=True, measuring=True)
     results = {
         name: companions.ensure(name, need, seed=cfg.seed, paths=run.plain["paths"])
         for name, need in (run.plain["needs"] or {}).items()
@@ -203,13 +208,20 @@ def fit_task(cfg: DictConfig) -> float | None:
         print(f"{action}: {cfg.run.experiment} to step {trainer.max_steps} in {run.folder}")
     try:
         trainer.fit(run.module, datamodule=run.data, ckpt_path=str(start) if start else None, weights_only=True)
+    except SystemExit as leaving:  # Lightning's answer to Ctrl-C outside the steps
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from leaving
+        raise
     finally:
-        if trainer.is_global_zero:
-            write_json(run.folder / "seconds.json", {"training": before + time.perf_counter() - started})
+        with suppress(UserError):  # a full disk has been reported by then
+            if trainer.is_global_zero:
+                write_json(run.folder / "seconds.json", {"training": before + time.perf_counter() - started})
     return finish(run, trainer, averages, results, overrides, started, before)
 
 
-def finish(run: Assembled, trainer: Trainer, averages: WeightAverages, results: dict, overrides, started, before) -> float | None:
+def finish(
+    run: Assembled, trainer: Trainer, averages: WeightAverages, results: dict, overrides, started, before
+) -> float | None:
     """Everything after the last step: metrics, export, curves, result.json and the closing table."""
     cfg, module = run.cfg, run.module
     objective = None
@@ -237,7 +249,8 @@ def finish(run: Assembled, trainer: Trainer, averages: WeightAverages, results: 
         step=trainer.global_step, wall_time_s=trained, metrics=metrics, objective=objective,
     )  # fmt: skip
     if run.plain["table"] and metrics:
-        own = {"metrics": {k: {"value": v} for k, v in values.items()}, "step": trainer.global_step, "wall_time_s": trained}
+        measured = {name: {"value": value} for name, value in values.items()}
+        own = {"metrics": measured, "step": trainer.global_step, "wall_time_s": trained}
         print_closing_table(run, own, results)
     grids = sorted((run.folder / "pictures").glob("step-*.png"))[-1:]
     for what, path in [("samples", *grids[:1])] * bool(grids) + [("curve", p) for p in pictures]:
@@ -281,7 +294,7 @@ def write_export(run: Assembled, *, step: int, average: str) -> Path:
 
 def export_task(cfg: DictConfig) -> None:
     """Write the chosen average of the newest checkpoint as safetensors + configuration."""
-    run = assemble(cfg, training=False)
+    run = assemble(cfg, training=False, measuring=False)
     source = trained_weights(
         run.module, run.folder, resume=cfg.resume, init_file=cfg.init.file, average=cfg.evaluate.average
     )

@@ -60,7 +60,10 @@ class GenerativeModule(LightningModule):
             super().log(name, value, **{"sync_dist": sync, **options})
 
     def configure_optimizers(self):
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        try:
+            optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        except ValueError as error:  # torch refuses a negative learning rate, betas outside [0, 1), ...
+            raise UserError(f"project.optimizer cannot be built: {error}. Change that option of it.") from error
         if self.schedule is None:
             return optimizer
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)

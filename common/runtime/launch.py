@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -14,10 +15,11 @@ VERBS = ("fit", "test", "sample", "export", "plan")
 # Overrides that change what is done with a run, not the run itself: the same training may be continued, evaluated and
 # sampled under any of them, so they do not enter the run's name.
 NEUTRAL = (
-    "task", "seed", "resume", "run.", "paths.", "sample.", "sampler@sample", "evaluate.", "evaluate=", "logger", "table",
-    "callbacks", "published", "plan.", "hydra", "trainer.max_steps", "trainer.devices", "trainer.num_nodes", "trainer=",
-    "trainer.accelerator", "trainer.strategy", "trainer.enable_progress_bar", "trainer.log_every_n_steps", "data.root",
-    "data.num_workers", "speed.threads", "debug", "+debug", "+experiment", "experiment", "needs.", "init.hint",
+    "task", "seed", "resume", "run.", "paths.", "sample.", "sampler@sample", "evaluate.", "evaluate=", "logger",
+    "table", "callbacks", "published", "plan.", "hydra", "trainer.max_steps", "trainer.devices", "trainer.num_nodes",
+    "trainer=", "trainer.accelerator", "trainer.strategy", "trainer.enable_progress_bar", "trainer.log_every_n_steps",
+    "data.root", "data.num_workers", "speed.threads", "debug", "+debug", "+experiment", "experiment", "needs.",
+    "init.hint",
 )
 
 
@@ -75,18 +77,35 @@ def help_text(conf: Path) -> str:
 
 def explain(error: Exception, conf: Path) -> tuple[str | None, int]:
     """(one sentence, exit code) for an exception that a user's input caused; (None, 1) for a fault of the program."""
+    from hydra.errors import InstantiationException
+
     from common.runtime.explain import explain_hydra_error, is_composition_error
 
     refusal = user_error(error)
     if refusal is not None:
-        return str(refusal), refusal.exit_code
+        return _with_section(str(refusal), error), refusal.exit_code
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        cause = error.__cause__  # a constructor of a library refused: its words, and where they belong
+        known = isinstance(cause, ValueError) or type(cause).__name__ == "MisconfigurationException"
+        return (_with_section(" ".join(str(cause).split()), error), 2) if known else (None, 1)
     if is_composition_error(error):
         return explain_hydra_error(error, conf), 2
     if isinstance(error, PermissionError) and error.filename:
-        return f"{error.filename} is not writable. Choose another folder with paths.outputs=<folder> or run.dir=<folder>.", 2
+        return f"{error.filename} is not writable. Choose another folder with paths.outputs=<folder>.", 2
     if isinstance(error, OSError) and error.filename and error.errno in (20, 17, 28, 30):
         return f"Cannot write {error.filename}: {error.strerror}. Choose another folder with paths.outputs=<folder>.", 2
     return None, 1
+
+
+def _with_section(sentence: str, error: BaseException | None) -> str:
+    """The sentence, led by the section Hydra was building (`project.net: ...`) unless it names that section itself."""
+    while error is not None:
+        found = re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
+        if found:
+            section = found.group(1)
+            return sentence if section.split(".")[0] + "." in sentence else f"{section}: {sentence}"
+        error = error.__cause__ or error.__context__
+    return sentence
 
 
 def open_sections(schema: dict) -> dict:

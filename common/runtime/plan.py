@@ -57,7 +57,10 @@ def micro_batch(batch_size: int, world_size: int, accumulate: int) -> int:
 def world_size(cfg: DictConfig) -> int:
     """Processes the trainer section asks for; words such as `auto` count as one per node."""
     devices = cfg.trainer.devices
-    count = devices if isinstance(devices, int) and devices > 0 else len(devices) if not isinstance(devices, str | int) else 1
+    if isinstance(devices, str | int):
+        count = max(int(devices), 1) if str(devices).lstrip("-").isdigit() else 1
+    else:
+        count = len(devices)
     return count * cfg.trainer.num_nodes
 
 

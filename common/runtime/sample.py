@@ -24,7 +24,7 @@ def sample_task(cfg: DictConfig) -> None:
     from rich.progress import track
 
     batches = index_batches(cfg.sample.samples, cfg.sample.batch_size, "sample")
-    run = assemble(cfg, training=False)
+    run = assemble(cfg, training=False, measuring=False)
     sampler = instantiate(cfg.sample.sampler)
     source = trained_weights(
         run.module, run.folder, resume=cfg.resume, init_file=cfg.init.file, average=cfg.sample.average

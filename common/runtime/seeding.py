@@ -1,8 +1,8 @@
 """Random numbers as a function of (seed, step, name), never of history.
 
-A step that draws from here needs no generator state in a checkpoint: step 14 of a resumed run draws what step 14 of the
-uninterrupted run drew. The idea of re-seeding per step follows EDM2 (arXiv 2312.02696, training loop); drawing the joint
-batch and keeping this rank's rows makes the draw independent of the number of processes as well.
+A step that draws from here needs no generator state in a checkpoint: step 14 of a resumed run draws what step 14 of
+the uninterrupted run drew. The idea of re-seeding per step follows EDM2 (arXiv 2312.02696, training loop); drawing the
+joint batch and keeping this rank's rows makes the draw independent of the number of processes as well.
 """
 
 import hashlib

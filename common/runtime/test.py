@@ -14,9 +14,11 @@ from common.runtime.weights import trained_weights
 def test_task(cfg: DictConfig) -> float | None:
     """Measure, print ours beside the published values with their source, and write `<run.dir>/test/result.json`."""
     started = time.perf_counter()
-    run = assemble(cfg, training=False)
+    run = assemble(cfg, training=False, measuring=True)
     if not run.evaluation:
-        raise UserError("Nothing to measure: evaluate has no samplers or extractors. Set evaluate=<choice> in conf/evaluate.")
+        raise UserError(
+            "Nothing to measure: evaluate has no samplers or no extractors. Set evaluate=<choice> in conf/evaluate."
+        )
     source = trained_weights(
         run.module, run.folder, resume=cfg.resume, init_file=cfg.init.file, average=cfg.evaluate.average
     )

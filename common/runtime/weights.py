@@ -24,7 +24,7 @@ def find_init(file: str | None, hint: str | None) -> Path | None:
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
-        fix = hint or "Set init.file=<model.safetensors | export folder | step-*.ckpt>, or init.file=null for random weights."
+        fix = hint or "Set init.file=<model.safetensors | export folder | step-*.ckpt>, or null for random weights."
         raise UserError(f"Initial weights {path} do not exist (init.file). {fix}")
     return path
 
@@ -55,7 +55,7 @@ def initialise(net: nn.Module, path: Path, average: str | None = None) -> LoadRe
     if any(k.startswith("unet.") for k in tensors) and not hasattr(net, "unet"):
         # an EDM2 teacher: its network under our name, its uncertainty head left behind (sheet section 6)
         tensors = {k.replace("unet.", "model.", 1): v for k, v in tensors.items() if not k.startswith("logvar_")}
-    return load_into(net, tensors, ignore=("model.map_augment.*",), name=str(path))
+    return load_into(net, tensors, name=str(path))
 
 
 def trained_weights(module: nn.Module, run_dir: Path, *, resume: str, init_file: str | None, average: str) -> dict:

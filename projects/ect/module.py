@@ -53,7 +53,8 @@ class Ect(GenerativeModule):
     @property
     def stage(self) -> int:
         """Stage of the optimiser step under way: a function of the step number alone."""
-        return min(self.first_stage + stage_of_step(self.global_step, self.steps_per_stage, self.stages), self.stages - 1)
+        derived = stage_of_step(self.global_step, self.steps_per_stage, self.stages)
+        return min(self.first_stage + derived, self.stages - 1)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Mean loss of one micro-batch; logs `train/loss` and `train/stage`."""
