@@ -124,7 +124,8 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*isinstance.treespec, LeafSpec.*", ".*no .validation_step.*",
-        ".*does not have many workers.*", ".*Checkpoint directory .* exists.*", ".*lightning.pytorch.*litlogger.*",
+        ".*broadcast_buffers. is deprecated.*", ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists.*", ".*lightning.pytorch.*litlogger.*",
     ):  # fmt: skip
         warnings.filterwarnings("ignore", message=message)
 
