@@ -192,10 +192,10 @@ def test_bad_input_is_one_sentence(arguments, sentence, capsys):
     assert "Traceback" not in captured.err
 
 
-def test_ratios_are_taken_round_by_round():
+def test_wall_ratios_are_taken_round_by_round_and_cpu_ratios_of_totals():
     records = {
-        "old": [{"wall": 1.0, "cpu": 1.0, "rows": 8.0}, {"wall": 10.0, "cpu": 2.0, "rows": 8.0}],
-        "new": [{"wall": 0.5, "cpu": 0.5, "rows": 1.0}, {"wall": 5.0, "cpu": 1.0, "rows": 2.0}],
+        "old": [{"wall": 1.0, "cpu": 1.0, "rows": 8.0}, {"wall": 10.0, "cpu": 3.0, "rows": 8.0}],
+        "new": [{"wall": 0.5, "cpu": 1.0, "rows": 1.0}, {"wall": 5.0, "cpu": 1.0, "rows": 2.0}],
     }
     old, new = bench.summarise(records)
     assert (old["ratio"], new["ratio"], new["cpu ratio"], new["rows"]) == (1, 0.5, 0.5, 1.5)
