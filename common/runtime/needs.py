@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,12 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def override(key: str, value) -> str:
-    """`key='value'` in Hydra's override grammar, for paths with any characters."""
-    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    """`key='value'` in Hydra's override grammar, for paths with any characters.
+
+    A backslash stands for itself there unless a quote follows it.
+    """
+    text = re.sub(r"(\\*)'", r"\1\1\\'", str(value))
+    text = re.sub(r"(\\+)$", r"\1\1", text)
     return f"{key}='{text}'"
 
 
