@@ -416,12 +416,12 @@ def test_starting_over_keeps_the_old_checkpoints_aside(tmp_path, capsys):
 # The command itself ---------------------------------------------------------------------------------------------------
 
 
-def command(folder: Path) -> list[str]:
-    return [
-        sys.executable, "-m", "projects.run", "+experiment=ect_tiny", *MLP, "init.file=null", "needs=null", "table=[]",
-        f"run.dir={folder}", f"paths.outputs={folder.parent}", "trainer.max_steps=3000", "data.batch_size=8",
-        "callbacks.checkpoints.every_n_steps=20", "evaluate=none", "callbacks.pictures=null", "data.num_workers=2",
-    ]  # fmt: skip
+STEPS = 600
+WORDS = (
+    "+experiment=ect_tiny", *MLP, "init.file=null", "needs=null", "table=[]", f"trainer.max_steps={STEPS}",
+    "data.batch_size=8", "callbacks.checkpoints.every_n_steps=20", "evaluate=none", "callbacks.pictures=null",
+    "project.net.model.dropout=0.2", "data.num_workers=2",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("signum", "code"), [
@@ -429,22 +429,33 @@ def command(folder: Path) -> list[str]:
 ])  # fmt: skip
 def test_signals_to_the_command(signum, code, tmp_path):
     folder = tmp_path / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "projects.run", *WORDS, f"run.dir={folder}", f"paths.outputs={tmp_path}"]
     process = subprocess.Popen(
-        command(folder), cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not checkpoint.list_checkpoints(folder / "checkpoints") and time.monotonic() < deadline:
-        time.sleep(0.01)
+        time.sleep(0.005)
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
-    newest_file = checkpoint.latest_complete(folder / "checkpoints")
-    step = int(newest_file.stem[5:])
-    assert 0 < step < 3000
+    last = checkpoint.latest_complete(folder / "checkpoints")
+    step = int(last.stem[5:])
+    assert 0 < step < STEPS
     if signum != signal.SIGKILL:
-        name = signal.Signals(signum).name
         assert err == (
-            f"error: {name} received: stopped after step {step}. Checkpoint: {newest_file}. The same command continues "
-            f"from there.\n"
+            f"error: {signal.Signals(signum).name} received: stopped after step {step}. Checkpoint: {last}. The same "
+            f"command continues from there.\n"
         )
+        return
+    done = subprocess.run(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and f"continuing {last.name}" in done.stdout, done.stderr
+    register_resolvers()
+    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+        fit.fit_task(compose("config", [
+            *WORDS, "data.num_workers=0", "run.experiment=ect_tiny", "run.name=x", f"run.dir={tmp_path}/straight",
+        ]))  # fmt: skip
+    for part in ("state_dict", "averages", "optimizer_states", "lr_schedulers", "global_step"):
+        assert_equal(newest(tmp_path / "straight")[part], newest(folder)[part], part)
+    assert rows(tmp_path / "straight") == rows(folder)

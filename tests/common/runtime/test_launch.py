@@ -76,7 +76,8 @@ def test_what_does_not_change_the_weights_does_not_change_the_name(word):
 
 @pytest.mark.parametrize("word", [
     "project.optimizer.lr=1", "data.batch_size=3", "ema.profiles.ema.decay=0.5", "net@project.net=ect_mlp",
-    "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1", "+project.x=1", "~ema.profiles.ema.decay", "init.file=x",
+    "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1", "+project.x=1", "~ema.profiles.ema.decay",
+    "init.file=x",
 ])  # fmt: skip
 def test_what_changes_the_weights_changes_the_name(word):
     assert launch.run_name(4, [word]) != "seed4"
