@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
 from common.runtime import checkpoint, fit
+from common.runtime.guard import Interrupted
 from common.runtime.launch import quiet, register_resolvers
 
 REPO = Path(__file__).resolve().parent.parent
@@ -23,7 +25,7 @@ SMALL = (
     "project.net.model.width=16", "project.net.model.depth=1", "speed.threads=1", "plan.parameters=null",
     "trainer.log_every_n_steps=1", "callbacks.progress=null", "callbacks.pictures=null", "needs=null", "table=[]",
     "init.file=null", "evaluate.samples=101", "evaluate.batch_size=8", "evaluate.every_n_steps=null",
-    "evaluate.floor=false",
+    "evaluate.floor=false", "schedule@project.schedule=constant",
 )  # fmt: skip
 # plain gradient descent: Adam's first steps are the sign of the gradient, which turns rounding into whole steps
 PLAIN = {"_target_": "torch.optim.SGD", "_partial_": True, "lr": 1.0e-3}
@@ -53,12 +55,13 @@ class KeepGradients(Callback):
         torch.save(grads, self.folder / f"grad-{trainer.global_step}-rank{trainer.global_rank}.pt")
 
 
-def train(folder: Path, experiment: str, *overrides: str) -> None:
+def train(folder: Path, experiment: str, *overrides: str, extra: Callback | None = None) -> None:
     build = fit.build_trainer
 
     def build_watched(run):
         trainer, averages = build(run)
         trainer.callbacks.append(KeepGradients(folder))
+        trainer.callbacks[:0] = [extra] if extra else []
         return trainer, averages
 
     fit.build_trainer = build_watched
@@ -69,7 +72,7 @@ def train(folder: Path, experiment: str, *overrides: str) -> None:
         fit.build_trainer = build
 
 
-def train_on_two(folder: Path, experiment: str, *overrides: str) -> None:
+def train_on_two(folder: Path, experiment: str, *overrides: str, extra: Callback | None = None) -> None:
     """Two forked children with the environment variables a launcher such as torchrun gives them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -82,14 +85,18 @@ def train_on_two(folder: Path, experiment: str, *overrides: str) -> None:
         from lightning.pytorch.utilities import rank_zero_only
 
         rank_zero_only.rank = rank  # read from the environment at import, which the fork inherited
-        train(folder, experiment, *TWO, *overrides)
+        try:
+            train(folder, experiment, *TWO, *overrides, extra=extra)
+        except Interrupted as stop:
+            sys.exit(stop.exit_code)
 
     children = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in (0, 1)]
     for child in children:
         child.start()
     for child in children:
         child.join(100)
-    assert [child.exitcode for child in children] == [0, 0]
+    codes = [child.exitcode for child in children]
+    assert codes == [0, 0], codes
 
 
 def rows(folder: Path) -> list[dict]:
@@ -159,6 +166,23 @@ def test_a_checkpoint_of_one_process_continues_on_two(runs, tmp_path):
     assert_close(newest(tmp_path / "run")["state_dict"], newest(runs["ect_tiny", 1])["state_dict"])
     logged = [[float(row["train/loss"]) for row in rows(folder)] for folder in (tmp_path / "run", runs["ect_tiny", 1])]
     assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+
+
+class SignalFirst(Callback):
+    """SIGTERM to this process after step 3; given to the first process alone."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == 3 and trainer.global_rank == 0:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_processes_agree_to_stop_when_one_is_told(tmp_path, runs):
+    with pytest.raises(AssertionError, match="143, 143"):
+        train_on_two(tmp_path / "run", "ect_tiny", "trainer.max_steps=6", extra=SignalFirst())
+    assert newest(tmp_path / "run")["global_step"] == 3
+    train_on_two(tmp_path / "run", "ect_tiny", "trainer.max_steps=6")
+    for name, tensor in newest(tmp_path / "run")["state_dict"].items():
+        assert torch.equal(tensor, newest(runs["ect_tiny", 2])["state_dict"][name]), "two processes resume exactly"
 
 
 def test_the_documented_command(tmp_path):

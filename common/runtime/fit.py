@@ -18,6 +18,7 @@ from common.runtime.checkpoint import SafeCheckpointIO, latest_complete, list_ch
 from common.runtime.ema import WeightAverages, averaged, choose_average
 from common.runtime.evaluate import Evaluation, EvaluationCurve
 from common.runtime.generative import GenerativeModule
+from common.runtime.lock import only_run
 from common.runtime.logger import MetricsCSV
 from common.runtime.plan import micro_batch, world_size
 from common.runtime.report import comparison_table, environment, plot_curves, show, write_result
@@ -194,29 +195,30 @@ def fit_task(cfg: DictConfig) -> float | None:
         for name, need in (run.plain["needs"] or {}).items()
     }
     init = find_init(cfg.init.file, cfg.init.hint)
-    start = prepare_folder(run, overrides)
-    if init is not None and start is None:
-        report = initialise(run.module.net, init, cfg.init.average)
-        print(f"Initial weights: {init} ({report.loaded} tensors)")
-    trainer, averages = build_trainer(run)
-    for logger in trainer.loggers:
-        if isinstance(logger, MetricsCSV):
-            logger.start_at(_step_of(start) if start else 0)
-    before = _earlier_seconds(run.folder) if start else 0.0
-    if trainer.is_global_zero:
-        action = f"continuing {start.name}" if start else "training"
-        print(f"{action}: {cfg.run.experiment} to step {trainer.max_steps} in {run.folder}")
-    try:
-        trainer.fit(run.module, datamodule=run.data, ckpt_path=str(start) if start else None, weights_only=True)
-    except SystemExit as leaving:  # Lightning's answer to Ctrl-C outside the steps
-        if isinstance(leaving.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from leaving
-        raise
-    finally:
-        with suppress(UserError):  # a full disk has been reported by then
-            if trainer.is_global_zero:
-                write_json(run.folder / "seconds.json", {"training": before + time.perf_counter() - started})
-    return finish(run, trainer, averages, results, overrides, started, before)
+    with only_run(run.folder):
+        start = prepare_folder(run, overrides)
+        if init is not None and start is None:
+            report = initialise(run.module.net, init, cfg.init.average)
+            print(f"Initial weights: {init} ({report.loaded} tensors)")
+        trainer, averages = build_trainer(run)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.start_at(_step_of(start) if start else 0)
+        before = _earlier_seconds(run.folder) if start else 0.0
+        if trainer.is_global_zero:
+            action = f"continuing {start.name}" if start else "training"
+            print(f"{action}: {cfg.run.experiment} to step {trainer.max_steps} in {run.folder}")
+        try:
+            trainer.fit(run.module, datamodule=run.data, ckpt_path=str(start) if start else None, weights_only=True)
+        except SystemExit as leaving:  # Lightning's answer to Ctrl-C outside the steps
+            if isinstance(leaving.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from leaving
+            raise
+        finally:
+            with suppress(UserError):  # a full disk has been reported by then
+                if trainer.is_global_zero:
+                    write_json(run.folder / "seconds.json", {"training": before + time.perf_counter() - started})
+        return finish(run, trainer, averages, results, overrides, started, before)
 
 
 def finish(

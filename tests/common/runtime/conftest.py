@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[3]
 SMALL = (
     "project.net.model.width=16", "project.net.model.depth=1", "speed.threads=1", "plan.parameters=null",
     "trainer.log_every_n_steps=1", "callbacks.progress=null", "callbacks.pictures=null", "data.batch_size=64",
-    "evaluate=none",
+    "evaluate=none", "schedule@project.schedule=constant",
 )  # fmt: skip
 
 

@@ -1,0 +1,34 @@
+"""One training process per run folder."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from common.errors import UserError
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Holds `<folder>/.running` while the body runs; raises UserError when another process holds it.
+
+    A POSIX record lock: gone with the process however it ends, and not shared with its data workers. Only the first
+    process of a distributed run takes it.
+    """
+    if getattr(rank_zero_only, "rank", 0):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".running", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another process is training in {folder}. Wait for it to end, or choose another folder with "
+                f"run.dir=<folder>."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
