@@ -76,6 +76,16 @@ def test_teacher_rows_are_counted_and_only_those_are_run():
     assert rows == 4
 
 
+def test_times_are_spread_over_their_distribution():
+    rows = []
+    for seed in range(400):
+        t = ect.Spread(-1.1, 2.0)(8, generator=torch.Generator().manual_seed(seed))
+        assert t.dtype == torch.float32 and (t.diff() > 0).all()
+        rows.append(int((ect.published_r(t, 0) > 0).sum()))
+    assert set(rows) == {1, 2}
+    assert abs(sum(rows) / len(rows) - 8 * (1 - 0.811)) < 0.1  # the sheet's share of r = 0 in stage 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Words that only make a run faster
 
