@@ -12,10 +12,9 @@ def test_a_fresh_network_returns_zero():
 
 
 def test_parameter_count_by_hand():
-    net = MLPDenoiser(**DIGITS, width=128, depth=3)
-    blocks = 3 * ((128 * 128 + 128) * 2 + 128 * 128)
-    rest = (64 * 128 + 128) + (128 * 128 + 128) + (64 * 128 + 128) + (128 * 64 + 64)
-    assert sum(p.numel() for p in net.parameters()) == blocks + rest == 189_632
+    net = MLPDenoiser(**DIGITS, width=256, depth=2, emb_channels=64)
+    first, last = (64 + 64) * 256 + 256, 256 * 64 + 64
+    assert sum(p.numel() for p in net.parameters()) == first + 2 * ((256 + 64) * 256 + 256) + last == 213_824
 
 
 def test_learns_to_return_a_constant_that_depends_on_noise_and_class():
