@@ -74,7 +74,8 @@ def test_published_values_of_the_sheet():
     assert (cfg.project.time.mean, cfg.project.time.std, cfg.project.net.model.dropout) == (-1.2, 1.2, 0.13)
     assert cfg.ema.profiles.ema.images == 500_000
 
-    for size, lr, mimg in (("xs", 0.012, 1024), ("s", 0.010, 1024), ("m", 0.009, 2048), ("l", 0.008, 1024), ("xl", 0.007, 640)):
+    edm2 = (("xs", 0.012, 1024), ("s", 0.010, 1024), ("m", 0.009, 2048), ("l", 0.008, 1024), ("xl", 0.007, 640))
+    for size, lr, mimg in edm2:
         cfg = composed(f"edm_imagenet64_edm2_{size}")
         assert cfg.project.optimizer.lr == lr
         assert cfg.trainer.max_steps * cfg.data.batch_size == mimg * 2**20

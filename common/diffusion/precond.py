@@ -67,6 +67,22 @@ class Preconditioner(nn.Module, ABC):
     def coefficients(self, sigma: Tensor) -> tuple[Tensor | float, Tensor, Tensor | float, Tensor]:
         """c_skip, c_out, c_in, c_noise for sigma (any shape, > 0)."""
 
+    @contextmanager
+    def weights_normalized_once(self) -> Iterator[None]:
+        """For networks that renormalise their weights in every training forward pass (EDM2): do it once now and keep the
+        passes inside from doing it again, so that all of them see bit for bit the same weights. Others: nothing.
+        """
+        layers = [layer for layer in self.modules() if isinstance(layer, MPConv)] if self.training else []
+        if not layers:
+            yield
+            return
+        with torch.no_grad():
+            for layer in layers:
+                w = layer.weight
+                w.copy_(normalize(w.to(torch.promote_types(w.dtype, torch.float32)), tuple(range(1, w.ndim))))
+        with weights_kept(self):
+            yield
+
     def draw_dropout(self, x: Tensor, generator: Generator | None = None) -> tuple[Tensor, ...]:
         """One keep mask per active dropout layer for a batch shaped like x (B, C, H, W); () without dropout."""
         return self.raw.draw_dropout(x, generator=generator)
@@ -304,22 +320,6 @@ class EDM2Precond(Preconditioner):
 
     def coefficients(self, sigma):
         return _edm(sigma, self.sigma_data)
-
-    @contextmanager
-    def weights_normalized_once(self) -> Iterator[None]:
-        """In training mode: normalise every weight now and keep the forward passes inside from doing it again, so that
-        several passes of one step see bit for bit the same weights. In eval mode: nothing.
-        """
-        if not self.training:
-            yield
-            return
-        with torch.no_grad():
-            for layer in self.modules():
-                if isinstance(layer, MPConv):
-                    w = layer.weight
-                    w.copy_(normalize(w.to(torch.promote_types(w.dtype, torch.float32)), tuple(range(1, w.ndim))))
-        with weights_kept(self):
-            yield
 
     def forward(
         self,

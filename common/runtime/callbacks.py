@@ -144,23 +144,27 @@ class SampleGrid(Callback):
 
 
 def write_grid(path, images: Tensor, *, columns: int | None = None) -> Path:
-    """One PNG with all `images` (N, C, H, W; [-1, 1]) in rows, enlarged so that a tile is at least 32 pixels wide."""
+    """One PNG with all `images` (N, C, H, W; float in [-1, 1] or uint8) in rows with a gap between them.
+
+    Small images are enlarged, without smoothing, so that a tile is at least 48 pixels wide.
+    """
     from PIL import Image
 
     from common.metrics.images import to_uint8
 
     path = Path(path)
-    tiles = to_uint8(images.detach().float().cpu())
-    count, channels, height, width = tiles.shape
+    tiles = to_uint8(images.detach().cpu() if images.dtype == torch.uint8 else images.detach().float().cpu())
+    count, channels = tiles.shape[:2]
+    scale, gap = max(1, -(-48 // tiles.shape[3])), 2
+    tiles = tiles.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    tiles = torch.nn.functional.pad(tiles, (gap, 0, gap, 0), value=128)
     columns = columns or max(1, round(count**0.5))
     rows = -(-count // columns)
-    grid = torch.zeros((rows * columns, channels, height, width), dtype=torch.uint8)
+    grid = torch.full((rows * columns, *tiles.shape[1:]), 128, dtype=torch.uint8)
     grid[:count] = tiles
-    grid = grid.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    array = grid.reshape(rows * height, columns * width, channels).numpy()
-    picture = Image.fromarray(array[..., 0] if channels == 1 else array[..., :3])
-    scale = max(1, -(-32 // width))
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    grid = grid.view(rows, columns, *tiles.shape[1:]).permute(0, 3, 1, 4, 2)
+    array = grid.reshape(rows * tiles.shape[2], columns * tiles.shape[3], channels)
+    array = torch.nn.functional.pad(array, (0, 0, 0, gap, 0, gap), value=128).numpy()
     with atomic(path) as temporary:
-        picture.save(temporary, format="PNG")
+        Image.fromarray(array[..., 0] if channels == 1 else array[..., :3]).save(temporary, format="PNG")
     return path

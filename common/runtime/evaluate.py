@@ -23,6 +23,7 @@ class Evaluation:
     extractors           name -> feature extractor (`common.metrics.features`); null likewise
     every_n_steps        optimiser steps between two points of the curve, None: only at the end
     curve_samples        images per point of the curve
+    at_start             the curve begins with the initial weights
     floor                also the distance of held-out real images (split "test") from the training images
     rounding, ddof, inception_score, precision_recall, cache_dir   see `GeneratorEvaluation`
 
@@ -41,6 +42,7 @@ class Evaluation:
         floor: bool,
         samplers: dict[str, object | None],
         extractors: dict[str, FeatureExtractor | None],
+        at_start: bool = False,
         rounding: str = "edm",
         ddof: int = 1,
         inception_score: bool = False,
@@ -50,7 +52,9 @@ class Evaluation:
         index_batches(samples, batch_size, "evaluate")
         index_batches(curve_samples, batch_size, "evaluate")
         self.samples, self.batch_size, self.seed, self.average = samples, batch_size, seed, average
-        self.every_n_steps, self.curve_samples, self.with_floor = every_n_steps, curve_samples, floor
+        self.every_n_steps, self.curve_samples, self.at_start, self.with_floor = (
+            every_n_steps, curve_samples, at_start, floor,
+        )  # fmt: skip
         self.samplers = {name: sampler for name, sampler in samplers.items() if sampler is not None}
         self.extractors = [extractor for extractor in extractors.values() if extractor is not None]
         self._options = dict(
@@ -101,12 +105,17 @@ class EvaluationCurve(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._done = trainer.global_step
+        if self.evaluation.at_start and self._done == 0:
+            self._measure(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         step, every = trainer.global_step, self.evaluation.every_n_steps
         if not every or step % every or step == self._done or step == trainer.max_steps:
             return  # the last step is measured with all images, by the final evaluation
         self._done = step
+        self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weights = choose_average(self.averages.averages, self.evaluation.average)
         with averaged(pl_module, weights):
             found = self.evaluation.run(pl_module, self.data, samples=self.evaluation.curve_samples)
@@ -114,14 +123,14 @@ class EvaluationCurve(Callback):
         log_now(trainer, values)
         if self.progress is not None and values:
             first = next(iter(values))
-            self.progress.latest = {first: values[first]}
+            self.progress.latest = {f"{first}@{trainer.global_step}": values[first]}
 
 
 def log_now(trainer: Trainer, values: dict[str, float]) -> None:
     """Hand values to every logger at the current optimiser step, whatever `log_every_n_steps` says."""
     if trainer.is_global_zero:
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step - 1)
+            logger.log_metrics(values, step=max(trainer.global_step - 1, 0))
 
 
 def _key(metric: str) -> str:

@@ -187,13 +187,13 @@ def _logging_interval(cfg: DictConfig) -> int:
 
 def fit_task(cfg: DictConfig) -> float | None:
     """Train (or continue), evaluate, export; returns the sweep objective: the first metric of the evaluation."""
-    started = time.perf_counter()
     overrides = task_overrides()
     run = assemble(cfg, training=True, measuring=True)
     results = {
         name: companions.ensure(name, need, seed=cfg.seed, paths=run.plain["paths"])
         for name, need in (run.plain["needs"] or {}).items()
     }
+    started = time.perf_counter()
     init = find_init(cfg.init.file, cfg.init.hint)
     with only_run(run.folder):
         start = prepare_folder(run, overrides)

@@ -187,6 +187,24 @@ def test_edm2_head_and_weight_norm():
     assert torch.equal(before, model.out_conv.weight)
 
 
+def test_a_consistency_model_on_edm2_normalises_once_too():
+    """ECT on ImageNet-64 wraps the EDM2 network in ECMPrecond; both passes of a step must see the same weights."""
+    from common.nets.edm2 import EDM2UNet
+
+    model = EDM2UNet(img_resolution=8, img_channels=3, model_channels=16, channel_mult=[1], num_blocks=1,
+                     attn_resolutions=[], channels_per_head=16)  # fmt: skip
+    net = ECMPrecond(model=model).train()
+    conv = model.enc["8x8_conv"]
+    conv.weight.data.mul_(3)
+    with net.weights_normalized_once():
+        kept = conv.weight.clone()
+        net(torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0]))
+        assert torch.equal(kept, conv.weight) and not conv.forced
+    assert conv.forced
+    size = kept.square().mean(dim=(1, 2, 3)).sqrt()
+    torch.testing.assert_close(size, torch.ones_like(size), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [

@@ -108,13 +108,14 @@ def test_settings_out_of_range(options, field):
 
 
 def test_tiles_stand_in_reading_order(tmp_path):
-    """Five tiles of constant grey in two rows of three, enlarged so that none is below 32 pixels."""
+    """Five tiles of constant grey in two rows of three, enlarged to 48 pixels, with gaps of 2."""
     tones = torch.linspace(-1, 1, 5)
     path = write_grid(tmp_path / "grid.png", tones[:, None, None, None].expand(5, 1, 8, 8), columns=3)
     array = np.asarray(Image.open(path))
-    assert array.shape == (2 * 32, 3 * 32)
-    centres = array[16::32, 16::32].reshape(-1)
-    assert centres[:5].tolist() == [0, 64, 128, 191, 255] and centres[5] == 0
+    assert array.shape == (2 * 50 + 2, 3 * 50 + 2)
+    centres = array[25::50, 25::50].reshape(-1)
+    assert centres[:5].tolist() == [0, 64, 128, 191, 255] and centres[5] == 128
+    assert (array[:2] == 128).all() and (array[:, 50:52] == 128).all()
     colour = torch.zeros(2, 3, 40, 40)
     colour[1, 0] = 1.0
     array = np.asarray(Image.open(write_grid(tmp_path / "colour.png", colour)))

@@ -15,7 +15,8 @@ from common.runtime.fit import assemble
 
 MEASURED = (
     "evaluate=digits", "evaluate.extractors.digits=null", "evaluate.samples=70", "evaluate.batch_size=32",
-    "evaluate.curve_samples=66", "evaluate.samplers.heun.steps=2", "evaluate.every_n_steps=null",
+    "evaluate.curve_samples=66",
+    "evaluate.at_start=false", "evaluate.samplers.heun.steps=2", "evaluate.every_n_steps=null",
 )  # fmt: skip
 
 
