@@ -25,7 +25,7 @@ SMALL = (
     "project.net.model.width=16", "project.net.model.depth=1", "speed.threads=1", "plan.parameters=null",
     "trainer.log_every_n_steps=1", "callbacks.progress=null", "callbacks.pictures=null", "needs=null", "table=[]",
     "init.file=null", "evaluate.samples=101", "evaluate.batch_size=8", "evaluate.every_n_steps=null",
-    "evaluate.floor=false", "schedule@project.schedule=constant",
+    "evaluate.floor=false", "data.batch_size=128", "schedule@project.schedule=constant",
 )  # fmt: skip
 # plain gradient descent: Adam's first steps are the sign of the gradient, which turns rounding into whole steps
 PLAIN = {"_target_": "torch.optim.SGD", "_partial_": True, "lr": 1.0e-3}

@@ -24,7 +24,10 @@ from common.runtime.guard import Interrupted
 from common.runtime.launch import quiet, register_resolvers
 
 REPO = Path(__file__).resolve().parent.parent
-MLP = ("project.net.model.width=16", "project.net.model.depth=1", "speed.threads=1", "plan.parameters=null")
+MLP = (
+    "project.net.model.width=16", "project.net.model.depth=1", "speed.threads=1", "plan.parameters=null",
+    "data.batch_size=128", "ema.profiles.ema.decay=0.999", "project.optimizer.lr=3e-4",
+)  # fmt: skip
 AVERAGES = (
     "+ema.profiles.half={_target_: common.diffusion.ema.HalfLife, images: 400, ramp: 0.5}",
     "+ema.profiles.power={_target_: common.diffusion.ema.PowerFunction, std: 0.1}",

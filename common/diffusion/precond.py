@@ -69,8 +69,8 @@ class Preconditioner(nn.Module, ABC):
 
     @contextmanager
     def weights_normalized_once(self) -> Iterator[None]:
-        """For networks that renormalise their weights in every training forward pass (EDM2): do it once now and keep the
-        passes inside from doing it again, so that all of them see bit for bit the same weights. Others: nothing.
+        """For networks that renormalise their weights in every training forward pass (EDM2): do it once now and keep
+        the passes inside from doing it again, so that all of them see bit for bit the same weights. Others: nothing.
         """
         layers = [layer for layer in self.modules() if isinstance(layer, MPConv)] if self.training else []
         if not layers:
