@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
@@ -15,19 +16,19 @@ fork = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def holder(tmp_path):
-    """A child that holds the lock of tmp_path/run until it is told to go."""
-    ready, leave = fork.Event(), fork.Event()
+    """A child that holds the lock of tmp_path/run until it is killed."""
+    ready, tell = fork.Pipe(duplex=False)
 
     def hold():
         with only_run(tmp_path / "run"):
-            ready.set()
-            leave.wait(20)
+            tell.send("held")
+            time.sleep(30)
 
     child = fork.Process(target=hold)
     child.start()
-    assert ready.wait(10)
-    yield child, leave
-    leave.set()
+    assert ready.poll(10)
+    yield child
+    child.kill()
     child.join(10)
 
 
@@ -39,9 +40,8 @@ def test_a_second_process_is_refused(holder, tmp_path):
 
 
 def test_the_lock_of_a_killed_process_is_free_at_once(holder, tmp_path):
-    child, _ = holder
-    os.kill(child.pid, signal.SIGKILL)
-    child.join(10)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join(10)
     with only_run(tmp_path / "run"):
         pass
 
