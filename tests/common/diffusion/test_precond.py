@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -115,6 +116,29 @@ def test_iddpm_rounds_to_its_table():
     torch.testing.assert_close(net.round_sigma(picked * 1.00001), picked)
     assert net.coefficients(picked)[3].tolist() == [999 - 3, 999 - 500, 999 - 990]
     assert "u" in net.state_dict()
+
+
+def by_formula(count, salt):
+    """`count` float64 numbers in [-1, 1) from integer arithmetic: the same on every machine."""
+    k = torch.arange(count, dtype=torch.int64) + 1
+    return ((k * k % 65521 * 40503 + k * 7919 + salt * 30011) % 65521).double() / 65521 * 2 - 1
+
+
+@pytest.mark.parametrize("name", ["edm", "vp", "ve", "iddpm"])
+def test_official_outputs(name, repo):
+    """D(x; sigma) of the official classes around sin(3 x + c_noise / 7): all four constants of table 1."""
+
+    class Sine(Raw):
+        def forward(self, x, noise_labels, class_labels=None, augment_labels=None, dropout_masks=None):
+            out = torch.sin(3 * x + noise_labels.reshape(-1, 1, 1, 1) / 7)
+            return out.repeat(1, self.out_channels // 3, 1, 1)
+
+    recorded = json.loads((repo / "tests/fixtures/diffusion/edm_official.json").read_text())["precond"][name]
+    net = ALL[name](model=Sine(out=6 if name == "iddpm" else 3))
+    sigma = torch.tensor([0.02, 0.11, 0.5, 2.0, 20.0, 80.0])
+    x = 1.7 * by_formula(18, 1).reshape(6, 3, 1, 1).float() * (1 + sigma.reshape(-1, 1, 1, 1))
+    out = net(x, net.round_sigma(sigma) if name == "iddpm" else sigma)
+    torch.testing.assert_close(out, torch.tensor(recorded).reshape(6, 3, 1, 1), rtol=1e-4, atol=1e-4)
 
 
 def test_labels_masks_and_properties_pass_through():

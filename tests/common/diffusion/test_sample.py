@@ -1,5 +1,6 @@
 """Solvers against the closed form on Gaussian data, evaluation counts, fixed randomness per image, guidance."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -149,6 +150,57 @@ def test_churn_adds_noise_only_inside_its_range_and_keeps_the_law():
     assert abs(out.std() - STD) < 0.02
     with pytest.raises(UserError, match="Heun with churn > 0 draws fresh noise"):
         sampler(Oracle(), z)
+
+
+def test_official_sampler(repo):
+    """edm_sampler of the official code, plain and with churn, around one made-up denoiser and the same fresh draws."""
+
+    def by_formula(count, salt):
+        k = torch.arange(count, dtype=torch.int64) + 1
+        return ((k * k % 65521 * 40503 + k * 7919 + salt * 30011) % 65521).double() / 65521 * 2 - 1
+
+    def denoiser(x, sigma):
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        total = sigma**2 + 0.25
+        raw = torch.sin(3 * x / total.sqrt() + sigma.log() / 4)
+        return 0.25 / total * x + 0.5 * sigma / total.sqrt() * raw
+
+    names = {"num_steps": "steps", "S_churn": "churn", "S_min": "s_min", "S_max": "s_max", "S_noise": "s_noise"}
+    z = 1.7 * by_formula(6, 3).reshape(2, 3, 1, 1)
+    cases = json.loads((repo / "tests/fixtures/diffusion/edm_official.json").read_text())["heun"]
+    assert sum("S_churn" in case["options"] for case in cases) == 2
+    for case in cases:
+        sampler = Heun(**{names.get(key, key): value for key, value in case["options"].items()})
+        out = sampler(denoiser, z, lambda k: 1.7 * by_formula(6, 50 + k).reshape(2, 3, 1, 1))
+        torch.testing.assert_close(out.flatten().tolist(), case["image"], rtol=1e-8, atol=1e-10)
+
+
+def test_every_solver_reaches_the_closed_form_of_data_with_a_mean():
+    """x ~ N(0.3, STD^2): z_r = (1-r) m + sd_r/sd_t (z_t - (1-t) m) on the linear path, the same ODE in sigma."""
+    mean, z = 0.3, latents()
+
+    def denoiser(x, sigma):
+        return mean + (x - mean) * (STD**2 / (STD**2 + sigma**2)).reshape(-1, 1, 1, 1)
+
+    def velocity(x, t):
+        c = t.reshape(-1, 1, 1, 1)
+        gain = (c - (1 - c) * STD**2) / ((1 - c) ** 2 * STD**2 + c**2)
+        return gain * (x - (1 - c) * mean) - mean
+
+    def linear_end(t, start):
+        return mean + STD / math.sqrt((1 - t) ** 2 * STD**2 + t**2) * (start - (1 - t) * mean)
+
+    sigma_end = mean + STD / math.sqrt(STD**2 + 80**2) * (80 * z - mean)
+    solvers = [
+        (lambda n: Heun(steps=n)(denoiser, z), sigma_end, 2),
+        (lambda n: Euler(steps=n)(denoiser, z), sigma_end, 1),
+        (lambda n: FlowEuler(steps=n)(velocity, z), linear_end(1.0, z), 1),
+        (lambda n: DDIM(path=Linear(), steps=n, t_max=0.9)(denoiser, z), linear_end(0.9, 0.9 * z), 1),
+    ]
+    for solve, exact, order in solvers:
+        errors = [(solve(n) - exact).abs().max().item() for n in (64, 128, 256)]
+        assert errors[-1] < 0.02
+        assert all(order - 0.1 < math.log2(a / b) < order + 0.2 for a, b in pairwise(errors))
 
 
 def test_grid_respects_what_the_network_supports():
