@@ -84,6 +84,11 @@ MISTAKES = {
     "weights missing": (["+experiment=ect_tiny", "needs=null", "table=[]", "init.file=/no/such/export",
                          "evaluate=none"], "Initial weights /no/such/export do not exist",
                         "python -m projects.run +experiment=edm_tiny"),
+    "wrong type that others refer to": (["+experiment=ect_tiny", "trainer.max_steps=abc"], "trainer.max_steps must be"),
+    "a mistake that would show only after the teacher": (["+experiment=ect_tiny", "sample.sampler.sigma_max=-1"],
+                                                         "sample.sampler", "sigma_max must be > 0, got -1"),
+    "a place that cannot be made": ([TINY, *QUICK, "paths.outputs=/proc/nowhere"], "Cannot write /proc/nowhere",
+                                    "paths.outputs=<folder>"),
     "resume from nowhere": ([TINY, "resume=nowhere.ckpt"], "resume=nowhere.ckpt is no checkpoint file"),
 }
 
@@ -96,9 +101,9 @@ def test_a_mistake_is_one_sentence_and_exit_2(mistake, cli, tmp_path):
 
 
 def test_published_weights_missing(cli, data_root, tmp_path):
-    """Data there, weights not: the file, its place and the command that makes it."""
+    """Data there, weights not: the file, its place and the command that makes it; nothing else is said."""
     refused(
-        cli("+experiment=ect_cifar10", f"data.root={data_root}", "evaluate=none", "trainer=cpu"),
+        cli("+experiment=ect_cifar10", f"data.root={data_root}", "trainer=cpu"),
         f"{tmp_path}/weights/edm-cifar10-32x32-uncond-vp/model.safetensors do not exist",
         "python -m tools.import_weights edm edm-cifar10-32x32-uncond-vp.pkl",
         "python -m projects.run +experiment=edm_cifar10",
@@ -226,3 +231,16 @@ def test_the_run_name_tells_settings_apart(monkeypatch):
     one, two = (run_name(3, ["+experiment=edm_tiny", f"project.optimizer.lr={lr}"]) for lr in (1e-3, 1e-4))
     assert one.startswith("seed3-") and two.startswith("seed3-") and one != two
     assert one == run_name(3, ["project.optimizer.lr=0.001", "+experiment=edm_tiny"]), "order does not matter"
+
+
+def test_a_started_run_continues_without_its_initial_weights(cli, tmp_path):
+    first = tmp_path / "outputs/edm_tiny/seed0"
+    steps = "trainer.max_steps=2"
+    assert cli(TINY, *QUICK, steps, "callbacks.checkpoints.every_n_steps=1")[0] == 0
+    tuned = ("+experiment=ect_tiny", *QUICK, "needs=null", "table=[]", "project.schedule.total=4")
+    weights = f"init.file={first / 'export/model.safetensors'}"
+    assert cli(*tuned, steps, weights)[0] == 0
+    (first / "export/model.safetensors").unlink()
+    code, out, err = cli(*tuned, "trainer.max_steps=4", weights)
+    assert code == 0 and "continuing step-00000002.ckpt" in out, err
+    refused(cli(*tuned, steps, weights, "resume=never"), "model.safetensors do not exist")

@@ -39,9 +39,26 @@ def check(config, *, schema=None, supplied: Mapping[str, set[str]] | None = None
         schema = {key: OPEN for key in schema}
     elif schema is not None:
         schema = _plain(schema, throw=False)
-    problems = list(_walk(tree, "", schema if schema is not None else OPEN, supplied or {}))
+    problems = list(dict.fromkeys(_walk(tree, "", schema if schema is not None else OPEN, supplied or {})))
+    # a bad value is reported where it was given, not once more for every place that refers to it
+    given = [problem for problem in problems if not _is_reference(config, problem.split(" ", 1)[0])]
     if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+        raise UserError("\n".join(given or problems))
+
+
+def _is_reference(config, path: str) -> bool:
+    """True when the value at `path` is an interpolation such as `${trainer.max_steps}`."""
+    if isinstance(config, dict):
+        return False
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    parent, _, key = path.rpartition(".")
+    try:
+        node = OmegaConf.select(config, parent) if parent else config
+        return OmegaConf.is_dict(node) and OmegaConf.is_interpolation(node, key)
+    except OmegaConfBaseException:
+        return False
 
 
 def locate(target: str):

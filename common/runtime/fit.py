@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class Assembled:
     folder: Path
     data: LightningDataModule
     module: GenerativeModule
+    sampler: Callable
     evaluation: Evaluation | None  # None for verbs that measure nothing
 
 
@@ -57,9 +59,12 @@ def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
     if training:
         micro_batch(cfg.data.batch_size, world_size(cfg), cfg.trainer.accumulate_grad_batches)
     data = instantiate(cfg.data)
-    evaluation = build_evaluation(cfg, training=training) if measuring else None
-    if training or evaluation:
+    if training or measuring:
         data.check()
+    if training and not plain["needs"] and not list_checkpoints(Path(cfg.run.dir) / "checkpoints"):
+        find_init(cfg.init.file, cfg.init.hint)
+    sampler = instantiate(cfg.sample.sampler)
+    evaluation = build_evaluation(cfg, training=training) if measuring else None
     if torch.cuda.is_available() and cfg.speed.tf32:
         torch.set_float32_matmul_precision("high")
     if cfg.speed.threads:
@@ -72,7 +77,7 @@ def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
         module.net.to(memory_format=torch.channels_last)
     if cfg.speed.compile:
         module.net.raw.compile()  # in place: state-dict keys stay as they are
-    return Assembled(cfg, plain, Path(cfg.run.dir), data, module, evaluation)
+    return Assembled(cfg, plain, Path(cfg.run.dir), data, module, sampler, evaluation)
 
 
 def build_evaluation(cfg: DictConfig, *, training: bool) -> Evaluation:
@@ -151,12 +156,11 @@ def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
         ordered.insert(1, EvaluationCurve(run.evaluation, run.data, averages, progress))
     for callback in ordered:
         if isinstance(callback, SampleGrid):
-            sampler = instantiate(cfg.sample.sampler)
 
             def make(count: int, sampler=sampler) -> torch.Tensor:
                 weights = choose_average(averages.averages, cfg.sample.average)
                 with averaged(module, weights):
-                    return module.generate(torch.arange(count), sampler=sampler, seed=cfg.sample.seed)
+                    return module.generate(torch.arange(count), sampler=run.sampler, seed=cfg.sample.seed)
 
             callback.make = make
         if isinstance(callback, Throughput) and (callback.peak_tflops or torch.cuda.is_available()):
@@ -194,10 +198,10 @@ def fit_task(cfg: DictConfig) -> float | None:
         for name, need in (run.plain["needs"] or {}).items()
     }
     started = time.perf_counter()
-    init = find_init(cfg.init.file, cfg.init.hint)
     with only_run(run.folder):
         start = prepare_folder(run, overrides)
-        if init is not None and start is None:
+        init = find_init(cfg.init.file, cfg.init.hint) if start is None else None
+        if init is not None:
             report = initialise(run.module.net, init, cfg.init.average)
             print(f"Initial weights: {init} ({report.loaded} tensors)")
         trainer, averages = build_trainer(run)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -92,7 +93,8 @@ def explain(error: Exception, conf: Path) -> tuple[str | None, int]:
         return explain_hydra_error(error, conf), 2
     if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename} is not writable. Choose another folder with paths.outputs=<folder>.", 2
-    if isinstance(error, OSError) and error.filename and error.errno in (20, 17, 28, 30):
+    making_folders = error.__traceback__ is not None and traceback.extract_tb(error.__traceback__)[-1].name == "mkdir"
+    if isinstance(error, OSError) and error.filename and (error.errno in (17, 20, 28, 30) or making_folders):
         return f"Cannot write {error.filename}: {error.strerror}. Choose another folder with paths.outputs=<folder>.", 2
     return None, 1
 

@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.files import atomic, write_json
 from common.metrics.images import to_uint8
 from common.runtime.callbacks import write_grid
-from common.runtime.fit import assemble, instantiate
+from common.runtime.fit import assemble
 from common.runtime.generative import index_batches
 from common.runtime.weights import trained_weights
 
@@ -25,20 +25,19 @@ def sample_task(cfg: DictConfig) -> None:
 
     batches = index_batches(cfg.sample.samples, cfg.sample.batch_size, "sample")
     run = assemble(cfg, training=False, measuring=False)
-    sampler = instantiate(cfg.sample.sampler)
     source = trained_weights(
         run.module, run.folder, resume=cfg.resume, init_file=cfg.init.file, average=cfg.sample.average
     )
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
     module = run.module.to(device)
-    name = f"{type(sampler).__name__.lower()}-nfe{sampler.nfe}-seed{cfg.sample.seed}"
+    name = f"{type(run.sampler).__name__.lower()}-nfe{run.sampler.nfe}-seed{cfg.sample.seed}"
     folder = run.folder / "samples" / name
     (folder / "images").mkdir(parents=True, exist_ok=True)
 
     images, labels = [], []
-    for indices in track(batches, description=f"{sampler.nfe} network calls per image"):
+    for indices in track(batches, description=f"{run.sampler.nfe} network calls per image"):
         classes = chosen_classes(cfg.sample.classes, indices, module.net.label_dim)
-        made = module.generate(indices, sampler=sampler, seed=cfg.sample.seed, labels=classes)
+        made = module.generate(indices, sampler=run.sampler, seed=cfg.sample.seed, labels=classes)
         pixels = to_uint8(made.float().cpu())
         for index, picture in zip(indices.tolist(), pixels, strict=True):
             _write_png(folder / "images" / f"{index:06d}.png", picture)
