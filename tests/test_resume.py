@@ -39,7 +39,7 @@ EDM = (
 )  # fmt: skip
 ECT = (
     "+experiment=ect_tiny", *MLP, "init.file=null", "needs=null", "table=[]", "project.net.model.dropout=0.2",
-    "project.steps_per_stage=4", "schedule@project.schedule=constant",
+    "project.loss.q=2", "project.stages=8", "project.steps_per_stage=4", "schedule@project.schedule=constant",
 )  # fmt: skip
 RECIPES = {"edm": EDM, "ect": ECT}
 # A point of the curve and a picture between the checkpoints, so that neither may move a random stream.

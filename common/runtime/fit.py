@@ -157,7 +157,7 @@ def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
     for callback in ordered:
         if isinstance(callback, SampleGrid):
 
-            def make(count: int, sampler=sampler) -> torch.Tensor:
+            def make(count: int) -> torch.Tensor:
                 weights = choose_average(averages.averages, cfg.sample.average)
                 with averaged(module, weights):
                     return module.generate(torch.arange(count), sampler=run.sampler, seed=cfg.sample.seed)
