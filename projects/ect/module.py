@@ -1,5 +1,6 @@
 """Easy Consistency Tuning: a diffusion model is pulled, stage by stage, from denoiser to consistency function."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,8 @@ class Ect(GenerativeModule):
     steps_per_stage       optimiser steps d before the gap t - r shrinks once more
     stages                number of stages; the last one is kept
     first_stage           stage at step 0 (0; the final stage at once is an ablation)
+    distill               ECD, the ablation: x_r is the initial model's ODE step from x_t to r instead of y + r eps; keeps a
+                          frozen copy of the initial weights (memory: the network once more, also in checkpoints)
     official_gradients    replace non-finite gradients by 0 / +-1e5, as the authors' loop does; off: the guard stops
     optimizer, schedule   see `GenerativeModule`
     """
@@ -33,6 +36,7 @@ class Ect(GenerativeModule):
         steps_per_stage: int,
         stages: int,
         first_stage: int,
+        distill: bool,
         official_gradients: bool,
         optimizer: Callable,
         schedule: Callable | None,
@@ -49,12 +53,20 @@ class Ect(GenerativeModule):
         self.stages = stages
         self.first_stage = first_stage
         self.official_gradients = official_gradients
+        self.ode_teacher = copy.deepcopy(net).requires_grad_(False) if distill else None
 
     @property
     def stage(self) -> int:
         """Stage of the optimiser step under way: a function of the step number alone."""
         derived = stage_of_step(self.global_step, self.steps_per_stage, self.stages)
         return min(self.first_stage + derived, self.stages - 1)
+
+    def on_train_start(self) -> None:
+        if self.ode_teacher is None:
+            return
+        if self.global_step == 0:  # a resumed run has the copy from its checkpoint
+            self.ode_teacher.load_state_dict(self.net.state_dict())
+        self.ode_teacher.raw.eval()  # no dropout, but the training scalings: those are the diffusion model's
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Mean loss of one micro-batch; logs `train/loss` and `train/stage`."""
@@ -72,6 +84,7 @@ class Ect(GenerativeModule):
             stage=self.stage,
             class_labels=self.one_hot(batch["label"]),
             dropout_masks=masks,
+            ode_teacher=self.ode_teacher,
         ).mean()
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/stage", float(self.stage))
