@@ -21,8 +21,8 @@ class Ect(GenerativeModule):
     steps_per_stage       optimiser steps d before the gap t - r shrinks once more
     stages                number of stages; the last one is kept
     first_stage           stage at step 0 (0; the final stage at once is an ablation)
-    distill               ECD, the ablation: x_r is the initial model's ODE step from x_t to r instead of y + r eps; keeps a
-                          frozen copy of the initial weights (memory: the network once more, also in checkpoints)
+    distill               ECD, the ablation: x_r is the initial model's ODE step from x_t to r instead of y + r eps;
+                          keeps a frozen copy of the initial weights (memory: the network once more, in checkpoints too)
     official_gradients    replace non-finite gradients by 0 / +-1e5, as the authors' loop does; off: the guard stops
     optimizer, schedule   see `GenerativeModule`
     """
