@@ -31,6 +31,21 @@ def data_root() -> Path:
     pytest.skip("no data folder: set DATA_ROOT to the folder that holds cifar10/ and weights/ to run this test")
 
 
+@pytest.fixture(scope="session")
+def data_folder(data_root):
+    """data_folder("mnist") -> that folder of the data root; missing: fails when DATA_ROOT was set, else skips."""
+
+    def find(name: str) -> Path:
+        folder = data_root / name
+        if folder.is_dir():
+            return folder
+        if os.environ.get("DATA_ROOT"):
+            pytest.fail(f"{folder} is missing: put it there, or point DATA_ROOT at the folder that holds {name}/")
+        pytest.skip(f"no {name}/ in {data_root}: set DATA_ROOT to the folder that holds it to run this test")
+
+    return find
+
+
 @pytest.fixture(autouse=True)
 def _single_thread():
     import torch

@@ -15,10 +15,8 @@ from common.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def compact(data_root):
-    if not (data_root / "cifar10" / "labels.npz").is_file():
-        pytest.skip(f"no cifar10/ in {data_root}")
-    return data_root / "cifar10"
+def compact(data_folder):
+    return data_folder("cifar10")
 
 
 @pytest.fixture(scope="module")
