@@ -73,7 +73,7 @@ class Ect(GenerativeModule):
         y = batch["image"]
         draws = self.draws()
         t = draws.apply("t", self.time, len(y))  # on the CPU: rows with r = 0 are known without a device sync
-        masks = None
+        masks = None  # the one draw that differs with the number of processes: a joint one would be too large
         if self.loss.sync_dropout:
             masks = self.net.draw_dropout(y, draws.generator("dropout", y.device, local=True))
         loss = self.loss(

@@ -13,7 +13,8 @@ class Edm(GenerativeModule):
     net        preconditioned network
     loss       `common.losses.denoising` object: (net, y, sigma, eps, ...) -> per-sample loss (B,)
     time       sampler of sigma in data units (`common.diffusion.time`)
-    augment    `common.data.augment.EdmAugment` or None: (images, generator) -> (images, labels)
+    augment    `common.data.augment.EdmAugment` or None: (images, generator, rank=, world_size=) ->
+               (images, labels)
     optimizer, schedule   see `GenerativeModule`
     """
 
@@ -37,7 +38,9 @@ class Edm(GenerativeModule):
         images, augment_labels = batch["image"], None
         draws = self.draws()
         if self.augment is not None:
-            images, augment_labels = self.augment(images, draws.generator("augment", images.device, local=True))
+            images, augment_labels = self.augment(
+                images, draws.generator("augment", images.device), rank=draws.rank, world_size=draws.world_size
+            )
         sigma = draws.apply("sigma", self.time, len(images)).to(images.device, non_blocking=True)
         loss = self.loss(
             self.net,

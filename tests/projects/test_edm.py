@@ -99,7 +99,7 @@ def test_augmented_images_and_their_labels_reach_the_network(spy):
     original = given["image"].clone()
     made.training_step(given, 0)
     draws = made.draws()
-    images, labels = augment(original, draws.generator("augment", local=True))
+    images, labels = augment(original, draws.generator("augment"))
     assert torch.equal(raw.calls[-1].augment_labels, labels) and labels.shape == (64, 9)
     assert labels.abs().sum(0).min() > 0 and not torch.equal(images, original)
     sigma = draws.apply("sigma", made.time, 64).double().reshape(-1, 1, 1, 1)
