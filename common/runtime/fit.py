@@ -262,7 +262,17 @@ def finish(
     for what, path in [("samples", *grids[:1])] * bool(grids) + [("curve", p) for p in pictures]:
         print(f"{what}: {path}")
     print(f"weights: {run.folder / 'export'}\nrun folder: {run.folder}")
+    close(trainer.loggers)
     return objective
+
+
+def close(loggers: list) -> None:
+    """Flush every logger, and end the wandb run: the next run of a sweep may live in this same process."""
+    for logger in loggers:
+        logger.finalize("success")
+        end = getattr(logger.experiment, "finish", None)
+        if end is not None:
+            end()
 
 
 def print_closing_table(run: Assembled, own: dict, results: dict) -> None:
