@@ -23,6 +23,7 @@ from common.runtime.lock import only_run
 from common.runtime.logger import MetricsCSV
 from common.runtime.plan import micro_batch, world_size
 from common.runtime.report import comparison_table, environment, plot_curves, show, write_result
+from common.runtime.speed import apply_speed
 from common.runtime.weights import find_init, initialise, trained_weights
 from common.weights.export import export
 
@@ -73,10 +74,7 @@ def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
     module = instantiate(cfg.project)
     module.seed = cfg.seed
     module.images_per_step = cfg.data.batch_size
-    if cfg.speed.channels_last:
-        module.net.to(memory_format=torch.channels_last)
-    if cfg.speed.compile:
-        module.net.raw.compile()  # in place: state-dict keys stay as they are
+    apply_speed(module, cfg)
     return Assembled(cfg, plain, Path(cfg.run.dir), data, module, sampler, evaluation)
 
 

@@ -8,7 +8,7 @@ import torch
 from tools import bench
 from tools.benchmarks import ect
 
-OPTIONS = argparse.Namespace(batch=4, stages=[0, 4], channels_last=True, autocast="bf16", compile="eager", tiny=True)
+OPTIONS = argparse.Namespace(batch=4, stages=[0, 4], contiguous=True, autocast="bf16", compile="eager", tiny=True)
 
 
 def ours(*words: str, backend: str | None = None) -> ect.OurStep:
@@ -101,7 +101,7 @@ def reference() -> ect.OurStep:
 @pytest.mark.parametrize(
     ("words", "backend"),
     [
-        (["speed.channels_last=true"], None),
+        (["speed.channels_last=false"], None),
         (["project.optimizer.foreach=false"], None),
         (["project.optimizer.foreach=true"], None),
         (["speed.compile=true", "project.optimizer.foreach=false"], "aot_eager"),
@@ -141,8 +141,9 @@ def test_autocast_rounds_to_bfloat16_and_no_more():
     assert (found - wanted).norm() > 1e-4 * wanted.norm(), "autocast is not active"
 
 
-def test_channels_last_is_kept_through_the_step():
-    step = ours("speed.channels_last=true")
+@pytest.mark.parametrize("words", [["speed.channels_last=true"], ["trainer=cpu"]], ids=["asked", "default on a CPU"])
+def test_channels_last_is_kept_through_the_step(words):
+    step = ours(*words)
     layouts = []
     for block in (m for m in step.module.net.modules() if hasattr(m, "conv0")):
         block.register_forward_hook(
@@ -160,10 +161,10 @@ def test_channels_last_is_kept_through_the_step():
 
 def test_command_prints_the_table_and_writes_it(tmp_path, capsys):
     code = bench.main(["ect", "--tiny", "--batch", "2", "--threads", "1", "--stages", "0", "--repeats", "2",
-                       "--channels-last", "--no-memory", "--out", str(tmp_path)])  # fmt: skip
+                       "--contiguous", "--no-memory", "--out", str(tmp_path)])  # fmt: skip
     printed = capsys.readouterr().out
     assert code == 0
-    for word in ("stage 0", "published", "ours channels_last", "ratio", "quartiles", "teacher rows"):
+    for word in ("stage 0", "published", "ours contiguous", "ratio", "quartiles", "teacher rows"):
         assert word in printed
     table = (tmp_path / "ect.csv").read_text().splitlines()
     assert len(table) == 4 and table[1].startswith("stage 0,1,published,")

@@ -30,11 +30,11 @@ The t of a batch are spread over p(t), one in each of its equal parts: a small b
 the published batch of 128 holds (independent draws of 8 would spare the published code the teacher pass in 18 % of the
 steps of stage 0; of 128, never)."""
 
-PUBLISHED, OURS, LAYOUT, HALF, COMPILED = "published", "ours", "ours channels_last", "ours bf16", "ours compile"
+PUBLISHED, OURS, LAYOUT, HALF, COMPILED = "published", "ours", "ours contiguous", "ours bf16", "ours compile"
 TINY = ["project.net.model." + word for word in (
     "img_resolution=8", "model_channels=16", "channel_mult=[1,1]", "num_blocks=1", "attn_resolutions=[4]")]
 SETTINGS = {
-    LAYOUT: ["speed.channels_last=true"],
+    LAYOUT: ["speed.channels_last=false"],
     HALF: ["trainer.precision=bf16-mixed"],
     COMPILED: ["speed.compile=true"],
 }  # the words a user adds to the command
@@ -44,7 +44,7 @@ DECAY = 0.9999
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="images per step")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 4], help="stages of the schedule, 0 to 7")
-    parser.add_argument("--channels-last", action="store_true", help="a row with speed.channels_last=true")
+    parser.add_argument("--contiguous", action="store_true", help="a row with speed.channels_last=false")
     parser.add_argument("--autocast", choices=["bf16"], help="a row with trainer.precision=bf16-mixed")
     parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND",
                         help="a row with speed.compile=true; BACKEND: inductor (default), aot_eager, eager")
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def variants(options: argparse.Namespace) -> list[str]:
-    chosen = {LAYOUT: options.channels_last, HALF: options.autocast, COMPILED: options.compile}
+    chosen = {LAYOUT: options.contiguous, HALF: options.autocast, COMPILED: options.compile}
     return [PUBLISHED, OURS, *(name for name, wanted in chosen.items() if wanted)]
 
 
@@ -72,12 +72,11 @@ def make(variant: str, options: argparse.Namespace):
 
 def our_step(*words: str, batch: int, backend: str | None = None) -> "OurStep":
     """The step of `python -m projects.run +experiment=ect_cifar10 <words>`. backend: of torch.compile."""
+    from common.runtime.speed import apply_speed
+
     cfg = compose(*words)
     module = build(cfg)
-    if cfg.speed.channels_last:
-        module.net.to(memory_format=torch.channels_last)
-    if cfg.speed.compile:
-        module.net.raw.compile(**({"backend": backend} if backend else {}))
+    apply_speed(module, cfg, backend=backend)
     return OurStep(module, cfg, batch=batch)
 
 
