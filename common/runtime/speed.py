@@ -9,8 +9,8 @@ from common.runtime.generative import GenerativeModule
 def apply_speed(module: GenerativeModule, cfg: DictConfig, *, backend: str | None = None) -> None:
     """Memory layout and compilation of the module's network, in place; state-dict keys stay as they are.
 
-    speed.channels_last  null: on a CPU, where `python -m tools.bench ect --contiguous` shows the gain; not on CUDA, where
-                         it has not been measured yet
+    speed.channels_last  null: on a CPU, where `python -m tools.bench ect --contiguous` shows the gain; not on CUDA,
+                         where it has not been measured yet
     backend              of torch.compile; None: torch's default
     """
     channels_last = cfg.speed.channels_last
