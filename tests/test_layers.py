@@ -16,7 +16,7 @@ LOW = {"diffusion", "losses", "nets", "optim"}
 LAYERS = {
     **{name: (BASE, LOW) for name in LOW},
     "weights": (BASE | {"safetensors"}, LOW | {"weights"}),
-    "data": (BASE | {"lightning", "PIL", "sklearn"}, {"data"}),
+    "data": (BASE | {"lightning", "PIL", "sklearn", "skimage"}, {"data"}),
     "metrics": (
         BASE | {"torch_fidelity", "torchmetrics", "sklearn", "safetensors", "PIL"},
         LOW | {"weights", "data", "metrics"},

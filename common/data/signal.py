@@ -1,0 +1,188 @@
+"""A signal as training data: coordinates in [-1, 1] -> values in [-1, 1], full batch or random subsets, exact restart.
+
+Which points a step sees depends on (seed, points seen so far) and on nothing else, as in `common.data.images`.
+"""
+
+from collections.abc import Iterator
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.data.sampler import StatelessSampler, check_batch_size
+from common.data.signal_source import Signal, SignalSource
+from common.data.source import check_split
+from common.errors import UserError
+
+Batch = dict[str, Tensor]
+
+
+class SignalDataModule(pl.LightningDataModule):
+    """Batches `coords` float32 (B, d) in [-1, 1], `value` float32 (B, C) in [-1, 1], `index` int64 (B,).
+
+    index is the point's number in the split's own order, the last grid axis fastest.
+
+    source           one signal: Photograph, ImageFile, Wav, Frames (`common.data.signal_source`)
+    batch_size       points per optimiser step over all processes and accumulated micro-batches, >= 1; the number of
+                     training points makes it a full batch
+    eval_batch_size  points per evaluation batch, >= 1
+    stride           1: train and test are the whole grid (representation). s > 1: every s-th point along each axis
+                     from 0 is train, from s // 2 is test (generalisation; the zoo uses 2)
+    seed             seed of the order of the points
+    shuffle          False takes the points in stored order; right for a full batch
+    name             name in messages, None takes the source's
+    root             data folder the source was given; kept for messages
+
+    Raises UserError for a bad batch size or stride, and from `check` and `setup` for missing or damaged files.
+    """
+
+    splits = ("train", "test")
+    num_classes = 0
+
+    def __init__(
+        self,
+        *,
+        source: SignalSource,
+        batch_size: int = 65_536,
+        eval_batch_size: int = 65_536,
+        stride: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        name: str | None = None,
+        root: str | None = None,
+    ):
+        super().__init__()
+        check_batch_size(batch_size, 1, "1")
+        check_batch_size(eval_batch_size, 1, "1", field="data.eval_batch_size")
+        if stride < 1:
+            raise UserError(f"data.stride must be >= 1, got {stride}. Set data.stride=1 to train on every point.")
+        self.source = source
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.stride = stride
+        self.seed = seed
+        self.shuffle = shuffle
+        self.name = name or source.name
+        self.root = root
+        self.start_images = 0  # points seen before the first micro-batch the trainer's counter does not include
+        self._start_batches = 0
+        self._signal: Signal | None = None
+        self._points: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def check(self) -> None:
+        """Cheap look whether the file is there, before any work. Raises UserError saying what to do."""
+        self.source.check()
+
+    @property
+    def signal(self) -> Signal:
+        """The whole signal, read on first use."""
+        if self._signal is None:
+            self._signal = self.source.load()
+        return self._signal
+
+    def points(self, split: str) -> tuple[Tensor, Tensor]:
+        """`(coordinates (N, d), values (N, C))` of a split. Raises UserError for an unknown split or an empty one."""
+        check_split(split, self.splits, self.name)
+        if split not in self._points:
+            first = 0 if split == "train" else self.stride // 2
+            # an axis too short to be thinned is kept whole
+            every = tuple(slice(first, None, self.stride) if n > first else slice(None) for n in self.signal.grid)
+            coordinates, values = self.signal.coordinates()[every], self.signal.values[every]
+            self._points[split] = (coordinates.flatten(0, -2), values.flatten(0, -2))
+        return self._points[split]
+
+    # Lightning --------------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        self.check()
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.points("train")
+            check_batch_size(self.batch_size, self._accumulate() * self._world()[1], self._parts())
+
+    def train_dataloader(self) -> "PointBatches":
+        """Endless batches of this process, from `images_seen()` on, at every start of an iteration."""
+        coordinates, values = self.points("train")
+        check_batch_size(self.batch_size, self._accumulate() * self._world()[1], self._parts())
+        rank, world_size = self._world()
+        repeats = self.trainer is not None and self.trainer.overfit_batches > 0
+        start = self.start_images if repeats else self.images_seen
+        return PointBatches(
+            coordinates,
+            values,
+            self._sampler(len(values), rank, world_size),
+            start if callable(start) else lambda: start,
+        )
+
+    def val_dataloader(self) -> list:
+        """None: signals are judged by `eval_batches`."""
+        return []
+
+    def eval_batches(self, split: str) -> Iterator[Batch]:
+        """Every point of the split once, in stored order, in batches of `eval_batch_size`."""
+        coordinates, values = self.points(split)
+        for index in torch.arange(len(values)).split(self.eval_batch_size):
+            yield {"coords": coordinates[index], "value": values[index], "index": index}
+
+    # Where the run stands ---------------------------------------------------------------------------------------------
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Points per micro-batch over all processes: batch_size / trainer.accumulate_grad_batches."""
+        return self.batch_size // self._accumulate()
+
+    def images_seen(self) -> int:
+        """Points this run has trained on, over all processes and earlier parts of the run (see `ImageDataModule`)."""
+        if self.trainer is None:
+            return self.start_images
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed - self._start_batches
+        return self.start_images + max(done, 0) * self.micro_batch_size
+
+    def state_dict(self) -> dict[str, int | bool]:
+        """Plain numbers: points seen, so that another batch size continues exactly."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer is not None else 0
+        return {"images_seen": self.images_seen(), "batches": done, "seed": self.seed, "shuffle": self.shuffle}
+
+    def load_state_dict(self, state_dict: dict[str, int | bool]) -> None:
+        self.start_images = state_dict["images_seen"]
+        self._start_batches = state_dict["batches"]
+
+    # Pieces -----------------------------------------------------------------------------------------------------------
+
+    def _accumulate(self) -> int:
+        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+
+    def _world(self) -> tuple[int, int]:
+        """`(rank, world size)` among the processes that take different data."""
+        if self.trainer is None:
+            return 0, 1
+        shares = self.trainer.distributed_sampler_kwargs or {}
+        return shares.get("rank", self.trainer.global_rank), shares.get("num_replicas", self.trainer.world_size)
+
+    def _parts(self) -> str:
+        return "processes x trainer.accumulate_grad_batches"
+
+
+class PointBatches:
+    """Endless batches of points; positions are turned into points all at once, where a DataLoader would walk a list.
+
+    coordinates (N, d), values (N, C)   the split
+    sampler                             which point stands at a position of the run, and where the run stands
+    """
+
+    def __init__(self, coordinates: Tensor, values: Tensor, sampler: StatelessSampler):
+        self.coordinates = coordinates
+        self.values = values
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[Batch]:
+        sampler = self.sampler
+        position = sampler.start() if callable(sampler.start) else sampler.start
+        share = sampler.batch_size // sampler.world_size
+        while True:
+            places = np.arange(share, dtype=np.int64) + (position + sampler.rank * share)
+            index = torch.from_numpy(sampler.index(places))
+            yield {"coords": self.coordinates[index], "value": self.values[index], "index": index}
+            position += sampler.batch_size
