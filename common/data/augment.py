@@ -1,11 +1,13 @@
-"""Augmentation that does not leak into the samples: the network is told what was done to each image.
+"""Augmentation, batched on the images' device and drawn for the joint batch of all processes.
 
-The pipe of EDM (arXiv 2206.00364, appendix F.2), after "Training GANs with Limited Data" (arXiv 2006.06676, app. B):
-each transformation acts on an image with its own probability and reports its parameters in the label. Everything runs
-batched on the images' device, and images that no warp was drawn for are not resampled.
+For generators, augmentation that does not leak into the samples: the network is told what was done to each image. The
+pipe of EDM (arXiv 2206.00364, appendix F.2), after "Training GANs with Limited Data" (arXiv 2006.06676, app. B):
+each transformation acts on an image with its own probability and reports its parameters in the label; images that no
+warp was drawn for are not resampled. For classifiers, `CropFlip` and `RandomResizedCrop`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -207,6 +209,104 @@ class EdmAugment:
             raise ValueError(f"colour transformations need 1 or 3 channels, got {channels}")
         gain, lift = linear.mean(dim=1).sum(dim=1), offset.mean(dim=(1, 2))
         return images * gain[:, None, None, None] + lift[:, None, None, None], labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropFlip:
+    """`augment(images, generator)` -> `(images, labels)`: the CIFAR recipe of ResNets (arXiv 1512.03385, 4.2).
+
+    Every image, float (B, C, H, W) in [-1, 1], is surrounded by `padding` pixels of value `fill` (-1 is black), cut
+    back to its size at a uniform place and mirrored with probability `flip`. Nothing needs to be told to the network:
+    labels are (B, 0). Several processes draw as in `EdmAugment`.
+    Raises UserError for a negative padding or a probability outside [0, 1].
+    """
+
+    padding: int = 4
+    flip: float = 0.5
+    fill: float = -1.0
+
+    def __post_init__(self):
+        if self.padding < 0:
+            raise UserError(f"augment.padding must be >= 0, got {self.padding}. Set it to 0 for no shift.")
+        _check_probability(self.flip)
+
+    def __call__(
+        self, images: Tensor, generator: torch.Generator | None = None, *, rank: int = 0, world_size: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        draw = _joint_draw(images, generator, rank, world_size)
+        (count, _, height, width), device = images.shape, images.device
+        across, down = torch.arange(width, device=device), torch.arange(height, device=device)
+        left, top = draw.integer(2 * self.padding + 1), draw.integer(2 * self.padding + 1)
+        mirrored = draw.uniform() < self.flip
+        columns = left[:, None] + torch.where(mirrored[:, None], width - 1 - across, across)
+        rows = top[:, None] + down
+        batch = torch.arange(count, device=device)
+        padded = F.pad(images, [self.padding] * 4, value=self.fill).permute(0, 2, 3, 1)
+        images = padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        return images, images.new_zeros(count, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCrop:
+    """`augment(images, generator)` -> `(images, labels)`: the ImageNet recipe (arXiv 1409.4842, section 6).
+
+    A box of a uniform fraction `area` of the picture and a log-uniform width : height `ratio`, at a uniform place, is
+    resized bilinearly to size x size and mirrored with probability `flip`; images float (B, C, H, W) in [-1, 1],
+    labels (B, 0). A box that fits is looked for among `attempts` draws, else the whole picture is taken. Works on
+    batches of one size, so it sees what the data source left of each picture (`fit`), not the file, and does not
+    smooth when it shrinks: keep the pictures below twice `size`.
+    Raises UserError for ranges that are empty or outside (0, 1] (area) or above 0 (ratio).
+    """
+
+    size: int
+    area: Sequence[float] = (0.08, 1.0)
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    attempts: int = 10
+
+    def __post_init__(self):
+        if self.size < 1 or self.attempts < 1:
+            raise UserError(f"augment.size and augment.attempts must be >= 1, got {self.size} and {self.attempts}.")
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise UserError(f"augment.area must be two rising numbers in (0, 1], got {list(self.area)}.")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise UserError(f"augment.ratio must be two rising numbers above 0, got {list(self.ratio)}.")
+        _check_probability(self.flip)
+
+    def __call__(
+        self, images: Tensor, generator: torch.Generator | None = None, *, rank: int = 0, world_size: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        draw = _joint_draw(images, generator, rank, world_size)
+        height, width = images.shape[2:]
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        area = self.area[0] + (self.area[1] - self.area[0]) * draw.uniform(self.attempts)
+        shape = torch.exp(low + (high - low) * draw.uniform(self.attempts))
+        # sides as fractions of the picture's
+        across = (area * shape * height / width).sqrt()
+        down = (area / shape * width / height).sqrt()
+        fits = (across <= 1) & (down <= 1)
+        first = fits.to(torch.int8).argmax(dim=0, keepdim=True)  # the first that fits
+        across, down = (torch.where(fits.any(0), side.gather(0, first)[0], 1.0) for side in (across, down))
+        # the box's centre in grid coordinates, where the picture reaches from -1 to 1
+        x, y = (draw.uniform() * 2 - 1) * (1 - across), (draw.uniform() * 2 - 1) * (1 - down)
+        across = torch.where(draw.uniform() < self.flip, -across, across)
+        theta = images.new_zeros(len(images), 2, 3)
+        theta[:, 0, 0], theta[:, 1, 1], theta[:, 0, 2], theta[:, 1, 2] = across, down, x, y
+        grid = F.affine_grid(theta, [*images.shape[:2], self.size, self.size], align_corners=False)
+        images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return images, images.new_zeros(len(images), 0)
+
+
+def _check_probability(flip: float) -> None:
+    if not 0 <= flip <= 1:
+        raise UserError(f"augment.flip must be a probability in [0, 1], got {flip}. Set it to 0 for no mirroring.")
+
+
+def _joint_draw(images: Tensor, generator: torch.Generator | None, rank: int, world_size: int) -> "_Draw":
+    """Draws for the joint batch, of which this process keeps the rows of its rank."""
+    count = len(images)
+    rows = slice(count * rank, count * (rank + 1))
+    return _Draw(joint=count * world_size, rows=rows, p=1, device=images.device, generator=generator)
 
 
 def resample(images: Tensor, inverse: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class Cifar10:
 
     name = "cifar10"
     num_classes = 10
+    classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     channels = 3
     resolution = 32
     splits = ("train", "test")

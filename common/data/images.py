@@ -87,6 +87,11 @@ class ImageDataModule(pl.LightningDataModule):
         return self.source.num_classes
 
     @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes in the order of the labels, None when the source knows none."""
+        return getattr(self.source, "classes", None)
+
+    @property
     def channels(self) -> int:
         return self.source.channels
 
@@ -123,6 +128,15 @@ class ImageDataModule(pl.LightningDataModule):
         images = self.images(split)
         for first in range(0, len(images), batch_size):
             yield images.take(np.arange(first, min(first + batch_size, len(images))))
+
+    def eval_batches(self, split: str) -> Iterator[dict[str, Tensor]]:
+        """The split once, in stored order and as the class says (float images), each process its share.
+
+        Works with and without a trainer. Raises UserError for an unknown split.
+        """
+        check_split(split, self.splits, self.name)
+        for batch in self._eval(split):
+            yield self.on_after_batch_transfer(batch, 0)
 
     # Lightning -------------------------------------------------------------------------------------------------------
 
