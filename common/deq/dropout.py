@@ -1,0 +1,164 @@
+"""Variational dropout: one mask per sample, kept for the whole solve, so that the map stays one map.
+
+A mask is drawn at the first use after `reset` (common.deq.layers.reset), from torch's global generator, on the device
+and in the dtype of the input, and then used by every solver step and gradient step. Gal and Ghahramani
+(arXiv 1512.05287); in equilibrium models Bai et al. (arXiv 1909.01377).
+
+When the solver takes converged samples out of the batch, the mask of each sample must go with it: draw it outside and
+pass it among `args`, whose rows follow their samples:
+
+    mask = self.drop.mask_for(z0)
+    deq(lambda z, x, mask: self.cell(z, x, mask), z0, args=(x, mask))     # inside the cell: self.drop(h, mask)
+"""
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+
+class VariationalMask(nn.Module):
+    """Interface of all classes below: multiply by a mask that is kept until `reset`.
+
+    dropout   probability of a zero, 0 to 1; what stays is divided by 1 - dropout
+    Evaluation mode or dropout=0: the identity.
+    """
+
+    def __init__(self, dropout: float):
+        super().__init__()
+        if not 0 <= dropout <= 1:
+            raise UserError(
+                f"dropout must be between 0 and 1, got {dropout}. Set dropout to a probability such as 0.1."
+            )
+        self.dropout = dropout
+        # No buffer: a mask belongs to this process and this step, and must not be saved or sent to other processes.
+        self.mask: Tensor | None = None
+
+    def mask_shape(self, x: Tensor) -> tuple[int, ...]:
+        """Shape of the mask for an input x (B, ...): B rows, 1 on the axes that share a decision."""
+        raise NotImplementedError
+
+    def mask_for(self, x: Tensor) -> Tensor:
+        """A fresh mask for x: mask_shape(x), 0 or 1/(1 - dropout); ones where the layer is the identity.
+
+        Only shape, device, dtype and memory layout of x matter. The mask is returned, not kept.
+        """
+        shape = self.mask_shape(x)
+        if not self.training or self.dropout == 0:
+            return x.new_ones(shape)
+        keep = 1 - self.dropout
+        mask = torch.empty(shape, device=x.device, dtype=x.dtype).bernoulli_(keep)
+        if keep:
+            mask = mask / keep
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+            mask = mask.contiguous(memory_format=torch.channels_last)
+        return mask
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x times the mask, same shape.
+
+        x     (B, ...) as the class says
+        mask  mask_for(x), its rows selected like those of x; None: the kept mask, drawn now if there is none
+        Raises UserError when the mask has another number of rows than x.
+        """
+        if not self.training or self.dropout == 0:
+            return x
+        kept = mask is None
+        if kept:
+            if self.mask is None:
+                self.mask = self.mask_for(x)
+            mask = self.mask
+        if mask.shape[0] != x.shape[0]:
+            self._refuse(x, mask, kept)
+        return x * mask.to(device=x.device, dtype=x.dtype)
+
+    def reset(self) -> None:
+        """Let the kept mask go: the next use draws a new one."""
+        self.mask = None
+
+    def _refuse(self, x: Tensor, mask: Tensor, kept: bool) -> None:
+        have = f"holds {mask.shape[0]} samples but its input holds {x.shape[0]}"
+        if not kept:
+            raise UserError(f"the mask given to dropout {have}. Select the same rows of both, or pass it in args.")
+        if mask.shape[0] > x.shape[0]:
+            raise UserError(
+                f"the kept dropout mask {have}, probably because the solver took converged samples out of the batch. "
+                "Draw mask = drop.mask_for(z0) before the solve, pass it in args and call drop(x, mask) in the cell."
+            )
+        raise UserError(f"the kept dropout mask {have}. Call common.deq.layers.reset(net) before each forward pass.")
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}"
+
+
+class VariationalDropout(VariationalMask):
+    """Drops single entries: x (B, ...) of any shape, one decision per entry."""
+
+    def __init__(self, dropout: float = 0.5):
+        super().__init__(dropout)
+
+    def mask_shape(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(x.shape)
+
+
+class _Axes(VariationalMask):
+    """What channel and token dropout share: a batch axis, `places` axes of tokens and one of channels.
+
+    token_first   True: (B, tokens..., channels); False: (B, channels, tokens...)
+    """
+
+    places: int
+    drops_channels: bool
+
+    def __init__(self, dropout: float = 0.5, token_first: bool = True):
+        super().__init__(dropout)
+        self.token_first = token_first
+
+    def mask_shape(self, x: Tensor) -> tuple[int, ...]:
+        if x.ndim != self.places + 2:
+            raise UserError(
+                f"{type(self).__name__} takes {self.places + 2} axes (batch, channels and {self.places} of tokens), "
+                f"got shape {tuple(x.shape)}. Use the class whose number equals the token axes."
+            )
+        batch, *rest = x.shape
+        channel = self.places if self.token_first else 0
+        return batch, *(size if (axis == channel) == self.drops_channels else 1 for axis, size in enumerate(rest))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, token_first={self.token_first}"
+
+
+class VariationalDropout1d(_Axes):
+    """Drops whole channels of x (B, L, D), or (B, D, L) with token_first=False."""
+
+    places, drops_channels = 1, True
+
+
+class VariationalDropout2d(_Axes):
+    """Drops whole channels of x (B, H, W, D), or (B, D, H, W) with token_first=False."""
+
+    places, drops_channels = 2, True
+
+
+class VariationalDropout3d(_Axes):
+    """Drops whole channels of x (B, T, H, W, D), or (B, D, T, H, W) with token_first=False."""
+
+    places, drops_channels = 3, True
+
+
+class VariationalDropToken1d(_Axes):
+    """Drops whole tokens of x (B, L, D), or (B, D, L) with token_first=False."""
+
+    places, drops_channels = 1, False
+
+
+class VariationalDropToken2d(_Axes):
+    """Drops whole tokens of x (B, H, W, D), or (B, D, H, W) with token_first=False."""
+
+    places, drops_channels = 2, False
+
+
+class VariationalDropToken3d(_Axes):
+    """Drops whole tokens of x (B, T, H, W, D), or (B, D, T, H, W) with token_first=False."""
+
+    places, drops_channels = 3, False

@@ -1,0 +1,376 @@
+"""Weight and spectral normalisation for equilibrium cells, computed once per solve.
+
+The weights of a cell must not change between the steps of a solver, and recomputing them at each step costs time and
+memory. `reset(module)` computes every normalised weight once, with its graph; all solver steps and gradient steps then
+share it. Formulas: weight normalisation (arXiv 1602.07868, Equation 2), spectral normalisation (arXiv 1802.05957,
+Equation 8), clipping as in TorchDEQ (arXiv 2310.18605, code).
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from common.deq.dropout import VariationalMask
+from common.errors import UserError, nearest
+
+# Layer type -> axis of the weight that counts output channels. By type, not by isinstance: subclasses such as the
+# output projection of nn.MultiheadAttention are read by others behind the back of a parametrisation.
+TARGETS = {
+    nn.Linear: 0,
+    nn.Conv1d: 0,
+    nn.Conv2d: 0,
+    nn.Conv3d: 0,
+    nn.ConvTranspose1d: 1,
+    nn.ConvTranspose2d: 1,
+    nn.ConvTranspose3d: 1,
+}
+KINDS = ("weight", "spectral", "none")
+EPS = 1e-12  # below this a norm counts as zero
+
+
+@dataclass
+class Held:
+    """A weight kept since the last reset, and what it was computed from.
+
+    weight    the result, with its graph where gradients were on
+    sources   the parameters, by identity
+    stamps    (version, address) of each source at that time
+    version   of the weight itself, to notice in-place writes to it
+    spent     a backward pass has gone through the graph: it cannot serve a second one
+    """
+
+    weight: Tensor
+    sources: tuple[Tensor, ...]
+    stamps: tuple[tuple[int, int], ...]
+    version: int
+    spent: bool = False
+
+
+class Norm(nn.Module):
+    """Interface of the two normalisations: a parametrisation whose result `reset` can hold.
+
+    Without a held weight every access computes it afresh, as any torch parametrisation does. A held weight is let go
+    when a parameter is written, replaced, moved or loaded, when the module changes between training and evaluation,
+    and after a backward pass through it. Two limits: a write through `parameter.data` in place goes unnoticed until
+    the next of these events or reset, and inside torch.compile versions are not compared.
+    """
+
+    def __init__(self, dim: int, clip: float | None, learn_scale: bool, target: float):
+        super().__init__()
+        if clip is not None and not clip > 0:
+            raise UserError(f"clip must be a number above 0, got {clip!r}. Set clip=None to switch clipping off.")
+        if not target > 0:
+            raise UserError(f"target must be above 0, got {target!r}. Set target to the norm wanted, such as 1.0.")
+        self.dim = dim
+        self.clip = clip
+        self.learn_scale = learn_scale
+        self.target = target
+        self._held: Held | None = None
+
+    def compute(self, *originals: Tensor) -> Tensor:
+        """The normalised weight from (g, v), or from (v,) when the scale is constant."""
+        raise NotImplementedError
+
+    def advance(self, *originals: Tensor) -> None:
+        """What a reset in training mode does to the state beside the parameters."""
+
+    def forward(self, *originals: Tensor) -> Tensor:
+        held = self._held
+        # Other tensors than those held: a functional call with its own parameters. The held weight stays for later.
+        if held is None or any(a is not b for a, b in zip(originals, held.sources)):
+            return self.compute(*originals)
+        if not torch.compiler.is_compiling() and not self._is_current(held):
+            self._held = None
+            return self.compute(*originals)
+        if not torch.is_grad_enabled():
+            return held.weight.detach()
+        if not held.weight.requires_grad and any(t.requires_grad for t in originals):
+            # Reset ran without gradients, now they are wanted: the same weight again, with its graph.
+            if torch.compiler.is_compiling():
+                return self.compute(*originals)
+            return self._hold(originals).weight
+        return held.weight
+
+    def reset(self, *originals: Tensor) -> None:
+        """Compute the weight now and keep it until the next reset or any of the events of the class docstring."""
+        self._held = None
+        if self.training:
+            self.advance(*originals)
+        self._hold(originals)
+
+    def held(self) -> Held | None:
+        """What is held now, to `hold` it again later; see common.deq.recompute."""
+        return self._held
+
+    def hold(self, held: Held | None) -> None:
+        """Hold an earlier weight again, even if a backward pass has gone through it since."""
+        self._held = None if held is None else replace(held, spent=False)
+
+    def _hold(self, originals: tuple[Tensor, ...]) -> Held:
+        weight = self.compute(*originals)
+        held = Held(weight, originals, tuple(map(_stamp, originals)), _stamp(weight)[0])
+        if weight.requires_grad:
+            back = ref(held)  # weak: the hook would otherwise keep the graph alive in a cycle
+
+            def spend(_):
+                if (now := back()) is not None:
+                    now.spent = True
+
+            weight.register_hook(spend)
+        self._held = held
+        return held
+
+    def _is_current(self, held: Held) -> bool:
+        if held.spent or held.stamps != tuple(map(_stamp, held.sources)):
+            return False
+        if held.weight.is_inference():
+            return torch.is_inference_mode_enabled()
+        if held.weight._version != held.version:
+            raise UserError(
+                "a normalised weight was written in place, which has no effect on its parameters. "
+                "Assign instead: layer.weight = new_value, or initialise before apply_norm."
+            )
+        return True
+
+    def _factor(self, g: Tensor | None, norm: Tensor) -> Tensor:
+        """min(clip, g / norm), the number(s) the raw weight is multiplied with."""
+        factor = (self.target if g is None else g) / norm.clamp(min=EPS)
+        return factor if self.clip is None else factor.clamp(max=self.clip)
+
+    def _split(self, originals: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor]:
+        return originals if self.learn_scale else (None, originals[0])
+
+    def _join(self, g: Tensor, v: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return (g, v) if self.learn_scale else v
+
+    # The events that end a held weight, beyond those that `_is_current` sees.
+
+    def train(self, mode: bool = True):
+        if mode != self.training:
+            self._held = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._held = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args) -> None:
+        self._held = None
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_held": None}  # a copy starts without: graphs cannot be copied
+
+    def extra_repr(self) -> str:
+        scale = "learn_scale=True" if self.learn_scale else f"target={self.target}"
+        return f"dim={self.dim}, clip={self.clip}, {scale}"
+
+
+class WeightNorm(Norm):
+    """Each output channel of the weight w gets its own length: w_i = v_i min(clip, g_i / ||v_i||).
+
+    v     shape of w, parameter; starts as w
+    g     w's size along `dim`, 1 elsewhere, parameter; starts as ||w_i||, so that the function does not change.
+          With learn_scale=False the constant `target`, which does change it
+    dim   axis of the output channels
+    clip  upper limit of the factor, None = none; a limit below 1 changes the function
+
+    A channel of zeros stays zero and can be learnt: g_i = 0 and v_i a constant direction.
+    Weight normalisation, arXiv 1602.07868, Equation 2.
+    """
+
+    def __init__(self, dim: int = 0, clip: float | None = None, learn_scale: bool = True, target: float = 1.0):
+        super().__init__(dim, clip, learn_scale, target)
+
+    def compute(self, *originals: Tensor) -> Tensor:
+        g, v = self._split(originals)
+        with _full_precision(v):
+            return (v * self._factor(g, self._norm(v))).to(v.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """(g, v), or v, that give `weight`: what `layer.weight = value` stores."""
+        self._held = None
+        norm = self._norm(weight)
+        return self._join(norm.clone(), torch.where(norm > EPS, weight, weight[0].numel() ** -0.5))
+
+    def _norm(self, v: Tensor) -> Tensor:
+        axes = [axis for axis in range(v.ndim) if axis != self.dim]
+        return torch.linalg.vector_norm(v, dim=axes, keepdim=True)
+
+
+class SpectralNorm(Norm):
+    """The weight w as a matrix gets a largest singular value of g: w = v min(clip, g / sigma(v)).
+
+    v       shape of w, parameter; starts as w
+    g       one number per output channel (w's size along `dim`, 1 elsewhere), parameter; all start as sigma(w), so
+            that the function does not change. With learn_scale=False the constant `target`, which does change it
+    dim     axis of the output channels: the rows of the matrix; all other axes together are its columns
+    clip    upper limit of the factor, None = none. A bound on the norm is learn_scale=False, target=bound, clip=1
+    power_iterations   steps towards the singular vectors at each computation; a reset in training mode keeps them
+
+    Buffers left (rows,) and right (columns,): singular vectors, exact at the start. Gradients treat them as constant.
+    A weight of zeros stays zero and can be learnt: g = 0 and v a constant.
+    Spectral normalisation, arXiv 1802.05957, Equation 8 and Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        dim: int = 0,
+        clip: float | None = None,
+        learn_scale: bool = True,
+        target: float = 1.0,
+        power_iterations: int = 1,
+    ):
+        super().__init__(dim, clip, learn_scale, target)
+        if not isinstance(power_iterations, int) or power_iterations < 1:
+            raise UserError(f"power_iterations must be a whole number of at least 1, got {power_iterations!r}. Set 1.")
+        self.power_iterations = power_iterations
+        self.register_buffer("left", torch.empty(0))
+        self.register_buffer("right", torch.empty(0))
+
+    def compute(self, *originals: Tensor) -> Tensor:
+        g, v = self._split(originals)
+        with _full_precision(v):
+            matrix = self._matrix(v)
+            left, right = self._vectors(matrix)
+            return (v * self._factor(g, left @ (matrix @ right))).to(v.dtype)
+
+    def advance(self, *originals: Tensor) -> None:
+        _, v = self._split(originals)
+        with torch.no_grad(), _full_precision(v):
+            left, right = self._vectors(self._matrix(v))
+            self.left.copy_(left)
+            self.right.copy_(right)
+
+    def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """(g, v), or v, that give `weight`, after finding its singular vectors: what `layer.weight = value` stores."""
+        self._held = None
+        empty = torch.linalg.vector_norm(weight) <= EPS
+        v = torch.where(empty, torch.ones_like(weight), weight)
+        matrix = self._matrix(v)
+        self.left, self.right = _top_singular_vectors(matrix)
+        # By the very operations of `compute`: dividing by this number then gives 1 exactly, or to the last bit.
+        left, right = self._vectors(matrix)
+        sigma = torch.where(empty, 0.0, left @ (matrix @ right))
+        shape = [size if axis == self.dim else 1 for axis, size in enumerate(weight.shape)]
+        return self._join(sigma.expand(shape).clone(), v)
+
+    def _matrix(self, v: Tensor) -> Tensor:
+        return v.movedim(self.dim, 0).flatten(1)
+
+    @torch.no_grad()
+    def _vectors(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        # New tensors, never the buffers: the graph may outlive the next reset, which writes the buffers in place.
+        left, right = self.left, self.right
+        for _ in range(self.power_iterations):
+            right = _direction(matrix.mT @ left, right)
+            left = _direction(matrix @ right, left)
+        return left, right
+
+
+def apply_norm(
+    module: nn.Module,
+    kind: str = "weight",
+    skip: str | Sequence[str] = (),
+    skip_prefix: str | Sequence[str] = (),
+    clip: bool | float | None = None,
+    clip_value: float = 1.0,
+    learn_scale: bool = True,
+    target: float = 1.0,
+    power_iterations: int = 1,
+) -> list[str]:
+    """Normalise the `weight` of every linear and convolution layer of `module`; returns their paths.
+
+    kind         "weight", "spectral" or "none" (does nothing)
+    skip         parts of module paths to leave alone; skip_prefix: beginnings of module paths
+    clip         True: factor limited to clip_value; a number: to that; None or False: no limit
+    learn_scale  g is a parameter, starting where the function stays as it is; False: g is the constant `target`
+    power_iterations   of the spectral norm, per reset
+
+    Layers: exactly nn.Linear, nn.Conv1d/2d/3d (channels on axis 0), nn.ConvTranspose1d/2d/3d (axis 1), no subclasses.
+    The parameters are `parametrizations.weight.original0` (g) and `original1` (v), or `original` (v) for a constant g:
+    build the optimiser afterwards. Assigning `layer.weight = value` re-initialises both.
+    Raises UserError for an unknown kind, a layer normalised before, or when no layer is found.
+    """
+    if kind not in KINDS:
+        raise UserError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}. {nearest(str(kind), KINDS)}")
+    if kind == "none":
+        return []
+    skip, skip_prefix = ((s,) if isinstance(s, str) else tuple(s) for s in (skip, skip_prefix))
+    limit = clip_value if clip is True else None if clip is False else clip
+    chosen = {
+        name: layer
+        for name, layer in module.named_modules()
+        if parametrize.type_before_parametrizations(layer) in TARGETS
+        and not any(part in name for part in skip)
+        and not name.startswith(skip_prefix)
+    }
+    if not chosen:
+        raise UserError(
+            f"apply_norm found no layer to normalise in {type(module).__name__}: it takes nn.Linear and nn.Conv* as "
+            "they are, no subclasses. Use those layers, shorten skip, or set kind='none'."
+        )
+    for name, layer in chosen.items():
+        if parametrize.is_parametrized(layer, "weight"):
+            raise UserError(
+                f"the weight of layer '{name}' is parametrised already. Call remove_norm first, or add it to skip."
+            )
+    for layer in chosen.values():
+        dim = TARGETS[parametrize.type_before_parametrizations(layer)]
+        options = dict(dim=dim, clip=limit, learn_scale=learn_scale, target=target)
+        norm = WeightNorm(**options) if kind == "weight" else SpectralNorm(power_iterations=power_iterations, **options)
+        parametrize.register_parametrization(layer, "weight", norm)
+    return list(chosen)
+
+
+def remove_norm(module: nn.Module) -> None:
+    """Turn every normalised weight below `module` back into a plain parameter with exactly its present value."""
+    for layer in list(module.modules()):
+        if parametrize.is_parametrized(layer, "weight") and isinstance(layer.parametrizations.weight[0], Norm):
+            parametrize.remove_parametrizations(layer, "weight")
+
+
+def reset(module: nn.Module) -> None:
+    """Begin a solve: every normalised weight below `module` is computed once and held, every dropout mask let go.
+
+    Call once per forward pass, before the solve, in the gradient mode of the training step.
+    """
+    for part in module.modules():
+        if isinstance(part, parametrize.ParametrizationList):
+            if isinstance(part[0], Norm):
+                part[0].reset(*([part.original] if part.is_tensor else [part.original0, part.original1]))
+        elif isinstance(part, VariationalMask):
+            part.reset()
+
+
+def _stamp(t: Tensor) -> tuple[int, int]:
+    """(version, address): changes when the values are written in place, or when `.data` is exchanged."""
+    # An inference tensor has no version, a fake one no address: its storage object stands for it.
+    return 0 if t.is_inference() else t._version, t.untyped_storage()._cdata
+
+
+def _full_precision(t: Tensor):
+    """Context without autocast: a norm from bfloat16 products would change the weight."""
+    kind = t.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def _direction(x: Tensor, otherwise: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x)
+    return torch.where(norm > EPS, x / norm.clamp(min=EPS), otherwise)
+
+
+def _top_singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left (rows,) and right (columns,) vector of the largest singular value, from the smaller Gram matrix."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    a = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    a = a if wide else a.mT
+    first = torch.linalg.eigh(a @ a.mT).eigenvectors[:, -1]
+    second = _direction(a.mT @ first, a.new_full(a.shape[1:], a.shape[1] ** -0.5))
+    left, right = (first, second) if wide else (second, first)
+    return left.to(matrix.dtype), right.to(matrix.dtype)
