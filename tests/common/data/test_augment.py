@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.augment import MARGIN, SYM6, EdmAugment, resample
+from common.data.augment import MARGIN, SYM6, CropFlip, EdmAugment, RandomResizedCrop, resample
 from common.errors import UserError
 
 OFF = dict(xflip=0, yflip=0, scale=0, rotate_frac=0, aniso=0, translate_frac=0)
@@ -185,3 +185,88 @@ def test_negative_probability_is_refused():
         EdmAugment(p=-0.1)
     with pytest.raises(UserError, match=r"augment\.scale must be >= 0"):
         EdmAugment(scale=float("nan"))
+
+
+# Classifiers ----------------------------------------------------------------------------------------------------------
+
+
+def test_crop_flip_gives_every_shift_and_mirror_image_and_nothing_else():
+    x = images(1, 3, 6)
+    padded = F.pad(x, [2] * 4, value=-1.0)
+    windows = {}
+    for top in range(5):
+        for left in range(5):
+            window = padded[0, :, top : top + 6, left : left + 6]
+            windows[window.numpy().tobytes()] = (top, left, False)
+            windows[window.flip(2).contiguous().numpy().tobytes()] = (top, left, True)
+    assert len(windows) == 50
+    y, labels = CropFlip(padding=2)(x.expand(2000, -1, -1, -1), rng())
+    assert labels.shape == (2000, 0) and y.shape == (2000, 3, 6, 6)
+    seen = [windows[image.contiguous().numpy().tobytes()] for image in y]  # KeyError: not one of them
+    assert len(set(seen)) == 50
+    assert 0.45 < sum(mirrored for _, _, mirrored in seen) / 2000 < 0.55
+
+
+def test_crop_flip_switched_off_is_the_identity():
+    x = images()
+    y, _ = CropFlip(padding=0, flip=0)(x, rng())
+    assert torch.equal(x, y)
+    z, _ = CropFlip(padding=0, flip=1)(x, rng())
+    assert torch.equal(x.flip(3), z)
+
+
+@pytest.mark.parametrize("augment", [CropFlip(), RandomResizedCrop(size=12)], ids=["crop_flip", "resized"])
+def test_two_processes_crop_as_one(augment):
+    x = images(8)
+    whole, _ = augment(x, rng(3))
+    halves = [augment(x[4 * r : 4 * r + 4], rng(3), rank=r, world_size=2)[0] for r in (0, 1)]
+    assert torch.equal(whole, torch.cat(halves))
+    assert not torch.equal(whole, augment(x, rng(4))[0])
+
+
+def test_resized_crop_of_everything_is_a_plain_resize():
+    x = images(4, 3, 8)
+    y, labels = RandomResizedCrop(size=16, area=(1, 1), ratio=(1, 1), flip=0)(x, rng())
+    assert labels.shape == (4, 0)
+    torch.testing.assert_close(y, F.interpolate(x, size=16, mode="bilinear", align_corners=False))
+    z, _ = RandomResizedCrop(size=16, area=(1, 1), ratio=(1, 1), flip=1)(x, rng())
+    torch.testing.assert_close(z, y.flip(3))
+
+
+def test_resized_crop_keeps_area_ratio_and_place():
+    """On pictures of their own coordinates a crop shows the box it was cut from."""
+    size, count = 64, 3000
+    centres = (torch.arange(size) + 0.5) / size
+    x = torch.stack([centres.expand(size, size), centres[:, None].expand(size, size)])[None].expand(count, -1, -1, -1)
+    y, _ = RandomResizedCrop(size=32, area=(0.1, 0.6), ratio=(0.8, 1.25), flip=0)(x, rng())
+    # away from the border, where sampling is clamped, neighbouring pixels differ by the side of the box / 32
+    width = (y[:, 0, 16, 20] - y[:, 0, 16, 11]) * 32 / 9
+    height = (y[:, 1, 20, 16] - y[:, 1, 11, 16]) * 32 / 9
+    area, ratio = width * height, width / height
+    assert area.min() > 0.099 and area.max() < 0.601 and 0.33 < area.mean() < 0.37
+    assert ratio.min() > 0.79 and ratio.max() < 1.26
+    assert 0.08 < ratio.log().std() < 0.15  # log-uniform on +-0.223: 0.129
+    left = (y[:, 0, 16, 15] + y[:, 0, 16, 16] - width) / 2
+    assert left.min() > -1e-3 and (left + width).max() < 1 + 1e-3
+    assert 0.4 < (left / (1 - width)).mean() < 0.6
+
+
+def test_resized_crop_takes_the_whole_picture_when_no_box_fits():
+    x = images(3, 1, 8)
+    y, _ = RandomResizedCrop(size=8, area=(1, 1), ratio=(2, 2), flip=0)(x, rng())
+    torch.testing.assert_close(y, x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CropFlip(padding=-1), "augment.padding must be >= 0, got -1"),
+        (lambda: CropFlip(flip=1.5), r"augment.flip must be a probability in \[0, 1\], got 1.5"),
+        (lambda: RandomResizedCrop(size=0), "augment.size and augment.attempts must be >= 1"),
+        (lambda: RandomResizedCrop(size=8, area=(0.5, 0.1)), "augment.area must be two rising numbers"),
+        (lambda: RandomResizedCrop(size=8, ratio=(0, 1)), "augment.ratio must be two rising numbers above 0"),
+    ],
+)
+def test_wrong_crops_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from common.data.images import ImageDataModule
 from common.runtime.check import check, locate
 
-NAMES = ("digits", "cifar10", "mnist", "fashion_mnist", "imagenet64", "folder")
+NAMES = ("digits", "cifar10", "mnist", "fashion_mnist", "imagenet64", "imagenet", "folder")
 
 
 def keys(node):

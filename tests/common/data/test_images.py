@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
+from common.data.cifar import Cifar10
 from common.data.digits import Digits, digits_split
 from common.data.folder import ImageFolder
 from common.data.images import ImageDataModule, to_unit_range
@@ -231,6 +232,7 @@ def test_missing_data_stops_the_fit(tmp_path):
 TWO_PROCESSES = """
 import json, sys
 import lightning.pytorch as pl, torch
+from common.data.cifar import Cifar10
 from common.data.digits import Digits
 from common.data.images import ImageDataModule
 
@@ -281,3 +283,21 @@ def test_two_processes_share_one_stream_and_hand_over_to_one(tmp_path, repo):
     two, weight_of_two = joint("two", 2)
     assert two == one and weight_of_two == pytest.approx(weight, abs=1e-7)
     assert joint("one-two", 2)[0] == joint("two-one", 1)[0] == one[3:]
+
+
+def test_eval_batches_walk_a_split_once_in_order():
+    data = module(eval_batch_size=200)
+    batches = list(data.eval_batches("test"))
+    assert [len(batch["label"]) for batch in batches] == [200, 197]
+    assert torch.cat([batch["position"] for batch in batches]).tolist() == list(range(397))
+    pixels, labels = data.images("test").take(np.arange(397))
+    assert torch.equal(torch.cat([batch["image"] for batch in batches]), to_unit_range(pixels))
+    assert torch.equal(torch.cat([batch["label"] for batch in batches]), labels)
+    with pytest.raises(UserError, match=r"digits has no split 'tset'\. Closest: test"):
+        next(iter(data.eval_batches("tset")))
+
+
+def test_class_names_come_from_the_source():
+    assert module().classes is None
+    assert Cifar10.classes[3] == "cat" and len(Cifar10.classes) == Cifar10.num_classes
+    assert module(source=Cifar10(root="nowhere")).classes == Cifar10.classes
