@@ -3,6 +3,7 @@
 Which points a step sees depends on (seed, points seen so far) and on nothing else, as in `common.data.images`.
 """
 
+import hashlib
 from collections.abc import Iterator
 
 import lightning.pytorch as pl
@@ -92,6 +93,14 @@ class SignalDataModule(pl.LightningDataModule):
             self._points[split] = (coordinates.flatten(0, -2), values.flatten(0, -2))
         return self._points[split]
 
+    def fingerprint(self, split: str) -> str:
+        """16 hex digits that change when the content of the split does."""
+        coordinates, values = self.points(split)
+        digest = hashlib.sha256(repr((split, tuple(coordinates.shape), tuple(values.shape))).encode())
+        for part in (coordinates, values):
+            digest.update(part.contiguous().numpy())
+        return digest.hexdigest()[:16]
+
     # Lightning --------------------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
@@ -108,23 +117,29 @@ class SignalDataModule(pl.LightningDataModule):
         check_batch_size(self.batch_size, self._accumulate() * self._world()[1], self._parts())
         rank, world_size = self._world()
         repeats = self.trainer is not None and self.trainer.overfit_batches > 0
-        start = self.start_images if repeats else self.images_seen
-        return PointBatches(
-            coordinates,
-            values,
-            self._sampler(len(values), rank, world_size),
-            start if callable(start) else lambda: start,
+        sampler = StatelessSampler(
+            dataset_size=len(values),
+            batch_size=self.micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            start=self.start_images if repeats else self.images_seen,
+            seed=self.seed,
+            shuffle=self.shuffle,
         )
+        return PointBatches(coordinates, values, sampler)
 
     def val_dataloader(self) -> list:
         """None: signals are judged by `eval_batches`."""
         return []
 
     def eval_batches(self, split: str) -> Iterator[Batch]:
-        """Every point of the split once, in stored order, in batches of `eval_batch_size`."""
+        """Every point of the split once, in stored order, in batches of `eval_batch_size`; each process its share."""
         coordinates, values = self.points(split)
-        for index in torch.arange(len(values)).split(self.eval_batch_size):
-            yield {"coords": coordinates[index], "value": values[index], "index": index}
+        rank, world_size = self._world()
+        for joint in torch.arange(len(values)).split(self.eval_batch_size):
+            index = joint.tensor_split(world_size)[rank]
+            if len(index):
+                yield {"coords": coordinates[index], "value": values[index], "index": index}
 
     # Where the run stands ---------------------------------------------------------------------------------------------
 

@@ -1,13 +1,16 @@
 """The signal data module: which points a step sees, splits, restart."""
 
+import inspect
 import itertools
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from common.data.signal import SignalDataModule
 from common.data.signal_source import Signal
 from common.errors import UserError
+from common.runtime.check import check, locate
 
 
 class Ramp:
@@ -71,6 +74,18 @@ def test_eval_batches_are_every_point_in_order():
     assert torch.equal(torch.cat([b["coords"] for b in batches]), data.points("test")[0])
 
 
+def test_processes_share_the_evaluation_and_the_fingerprint_tells_signals_apart(monkeypatch):
+    data = SignalDataModule(source=Ramp(3, 3), eval_batch_size=4)
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(data, "_world", lambda rank=rank: (rank, 2))
+        found += [batch["index"] for batch in data.eval_batches("test")]
+    assert sorted(torch.cat(found).tolist()) == list(range(9)) and all(len(index) for index in found)
+    other = SignalDataModule(source=Ramp(3, 4))
+    assert data.fingerprint("test") == SignalDataModule(source=Ramp(3, 3)).fingerprint("test")
+    assert len({data.fingerprint("test"), data.fingerprint("train"), other.fingerprint("test")}) == 3
+
+
 def test_an_axis_of_one_sample_is_kept():
     assert len(SignalDataModule(source=Ramp(1, 4), stride=2).points("test")[0]) == 2
 
@@ -88,3 +103,19 @@ def test_bad_settings_are_one_sentence(options, message):
         SignalDataModule(source=Ramp(2, 2), **options)
     with pytest.raises(UserError, match=r"no split 'tset'\. Closest: test"):
         SignalDataModule(source=Ramp(2, 2)).points("tset")
+
+
+@pytest.mark.parametrize("name", ["photograph", "image_file", "audio", "video"])
+def test_configuration_is_the_signature_and_explains_every_key(repo, name):
+    path = repo / "conf" / "data" / f"{name}.yaml"
+    data = OmegaConf.load(path)
+    config = OmegaConf.create({"seed": 0, "paths": {"data": "somewhere"}, "data": data})
+    check(config)
+    assert locate(config.data._target_) is SignalDataModule
+    assert set(config.data) - {"_target_"} == set(inspect.signature(SignalDataModule).parameters)
+    source = locate(config.data.source._target_)
+    keys = set(config.data.source) - {"_target_"}
+    assert keys == set(inspect.signature(source).parameters)
+    source(**{key: config.data.source[key] for key in keys})
+    for line in path.read_text().splitlines():
+        assert line.startswith(("#", "_target_", "source:", "  _target_")) or "  # " in line, line
