@@ -25,6 +25,11 @@ LAYERS = {
         BASE | {"hydra", "omegaconf", "lightning", "rich", "matplotlib", "PIL", "yaml"},
         LOW | {"weights", "data", "metrics", "runtime"},
     ),
+    # LightningModules that two or more papers share
+    "tasks": (
+        BASE | {"lightning", "PIL", "matplotlib"},
+        LOW | {"weights", "data", "metrics", "runtime", "tasks"},
+    ),
 }
 SHARED = {"errors", "files"}  # modules of common everybody may use
 HEAVY = {"torch", "torchvision", "timm", "lightning", "scipy", "sklearn", "matplotlib", "numpy", "safetensors"}
@@ -146,6 +151,10 @@ def test_import_directions(path):
         ("projects/ect/module.py", "from projects.edm.module import Edm"),
         ("projects/ect/module.py", "import projects.edm.module"),
         ("projects/run.py", "import conf.thing"),
+        ("common/deq/solve.py", "import lightning"),
+        ("common/deq/layer.py", "from common.runtime.seeding import Draws"),
+        ("common/runtime/fit.py", "from common.tasks.equilibrium import EquilibriumModule"),
+        ("common/tasks/equilibrium.py", "import hydra"),
         ("common/nets/unet.py", "from . import layers"),
         ("common/nets/unet.py", "import importlib\nimportlib.import_module('hydra')"),
     ],
@@ -160,6 +169,8 @@ def test_the_rule_catches(file, line):
         ("common/nets/unet.py", "import math\nimport torch\nfrom common.nets.layers import Conv2d"),
         ("projects/ect/module.py", "from projects.ect.method import f\nfrom common.losses import consistency"),
         ("common/runtime/launch.py", "import hydra\nfrom common.metrics.fid import fid"),
+        ("common/nets/mdeq.py", "from common.deq.layer import DEQ"),
+        ("common/tasks/equilibrium.py", "from lightning.pytorch import Callback\nfrom common.runtime import module"),
         ("tools/doctor.py", "from common.data import cifar\nimport rich"),
     ],
 )

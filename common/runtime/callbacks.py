@@ -16,7 +16,7 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090
 
 
 class Throughput(Callback):
-    """Logs `perf/images_per_s` and, when the device's peak is known, `perf/mfu` (model-FLOPs utilisation, 0..1).
+    """Logs `perf/<unit>_per_s`, say images, and, when the device's peak is known, `perf/mfu` (model-FLOPs utilisation).
 
     FLOPs of one optimiser step are counted once, by `common.runtime.plan`, on the first logged step. Kept out of the
     exact-restart guarantee: it measures wall-clock time.
@@ -26,7 +26,7 @@ class Throughput(Callback):
         self.every_n_steps = every_n_steps
         self.peak_tflops = peak_tflops
         self.flops_per_step: float | None = None  # set by the runtime when it is known
-        self.images_per_s = float("nan")
+        self.images_per_s = float("nan")  # or whatever the module counts
         self._started: tuple[float, int] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,12 +45,17 @@ class Throughput(Callback):
             return
         seconds = time.perf_counter() - before
         self.images_per_s = (step - from_step) * pl_module.images_per_step / seconds
-        values = {"perf/images_per_s": self.images_per_s}
+        values = {f"perf/{unit_of(pl_module)}_per_s": self.images_per_s}
         if self.flops_per_step and self.peak_tflops:
             rate = self.flops_per_step * (step - from_step) / seconds
             values["perf/mfu"] = rate / (self.peak_tflops * 1e12 * trainer.world_size)
         pl_module.log_dict(values)
         self._started = (time.perf_counter(), step)
+
+
+def unit_of(module) -> str:
+    """What a batch of the module is made of, in words."""
+    return getattr(module, "unit", "images")
 
 
 class Progress(Callback):
@@ -82,18 +87,18 @@ class Progress(Callback):
         every = 20 if self._bar else self.every_n_steps
         if not trainer.is_global_zero or (step % every and step != trainer.max_steps):
             return
-        text = self._text(trainer, outputs)
+        text = self._text(trainer, outputs, unit_of(pl_module))
         if self._bar is not None:
             self._bar.update(self._task, completed=step, values=text)
         else:
             print(f"  step {step:>7}/{trainer.max_steps}  {text}", flush=True)
 
-    def _text(self, trainer: Trainer, outputs) -> str:
+    def _text(self, trainer: Trainer, outputs, unit: str) -> str:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         parts = [f"loss {float(loss):.4g}"] if loss is not None else []
         speed = next((c.images_per_s for c in trainer.callbacks if isinstance(c, Throughput)), float("nan"))
         if speed == speed:
-            parts.append(f"{speed:,.0f} images/s")
+            parts.append(f"{speed:,.0f} {unit}/s")
         parts += [f"{name} {value:.4g}" for name, value in self.latest.items()]
         return "  ".join(parts)
 
@@ -110,9 +115,10 @@ class Progress(Callback):
 
 
 class SampleGrid(Callback):
-    """Writes `<folder>/step-<n>.png` every N optimiser steps and at the end: the same image numbers every time.
+    """Draws what the network does every N optimiser steps and at the end, always of the same samples.
 
-    The sampler, the average and the seed are those of the `sample` section, handed over by the runtime as `make`.
+    The module's `preview` writes `<folder>/step-<n>.png`, or several files in a folder `<folder>/step-<n>`. The
+    sampler, the average and the seed are those of the `sample` section, handed over by the runtime within `draw`.
     """
 
     def __init__(self, *, folder: str, every_n_steps: int | None = 5000, samples: int = 64):
@@ -123,7 +129,7 @@ class SampleGrid(Callback):
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.samples = samples
-        self.make = None  # (n) -> images (n, C, H, W); set by the runtime
+        self.draw = None  # (stem, samples) -> files written; set by the runtime
         self._done = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,10 +143,10 @@ class SampleGrid(Callback):
         self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
-        if self.make is None or trainer.global_step == self._done or not trainer.is_global_zero:
+        if self.draw is None or trainer.global_step == self._done or not trainer.is_global_zero:
             return
         self._done = trainer.global_step
-        write_grid(self.folder / f"step-{trainer.global_step:08d}.png", self.make(self.samples))
+        self.draw(self.folder / f"step-{trainer.global_step:08d}", self.samples)
 
 
 def write_grid(path, images: Tensor, *, columns: int | None = None) -> Path:

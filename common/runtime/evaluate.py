@@ -1,16 +1,22 @@
-"""The paper's metrics of a generator: at the end of a run, under task=test, and as a curve during training."""
+"""The paper's metrics: at the end of a run, under task=test, and as a curve during training."""
 
 import time
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from common.errors import UserError, nearest
 from common.metrics.evaluate import Collected, GeneratorEvaluation
 from common.metrics.features import FeatureExtractor
 from common.metrics.measurement import Measurement
 from common.metrics.reference import SplitImages
 from common.runtime.ema import averaged, choose_average
 from common.runtime.generative import GenerativeModule, index_batches
+from common.runtime.module import ResearchModule, evaluating, leaves, to_device
+from common.runtime.solver_health import SolverTotals, equilibria
+from common.runtime.timing import step_times
 
 
 class Evaluation:
@@ -65,6 +71,17 @@ class Evaluation:
     def __bool__(self) -> bool:
         return bool(self.samplers and self.extractors)
 
+    def check(self, module: ResearchModule, data) -> None:
+        """Raises UserError when the module generates no images."""
+        if self and not isinstance(module, GenerativeModule):
+            raise UserError(
+                f"evaluate measures generated images, but {type(module).__name__} makes none. Set evaluate=split."
+            )
+
+    def curve(self, module: GenerativeModule, data) -> dict[str, Measurement]:
+        """`run` with the images of one point of the curve."""
+        return self.run(module, data, samples=self.curve_samples)
+
     def run(self, module: GenerativeModule, data, *, samples: int | None = None, say=None) -> dict[str, Measurement]:
         """Metric name -> record, with the module's weights as they are."""
         samples = samples or self.samples
@@ -96,10 +113,134 @@ class Evaluation:
         return {f"{_key(metric)}_floor": record for metric, record in measured.items()}
 
 
+class SplitEvaluation:
+    """The module's `evaluation_step` over a split of its data, averaged, plus what the solvers of equilibria report.
+
+    `module.evaluation_step(batch)` gives name -> (sum, count); the means over the split go through `module.finalise`.
+    The first metric is the one a sweep minimises: a loss or an error. Networks with a DEQ have beside them `nfe`
+    (evaluations of the map per sample), `residual` (mean relative residual) and `converged` (share of the samples).
+
+    split            a split of the data module, read by `data.eval_batches(split)`; its transfer hooks are applied
+                     here, as to the batches of a loader
+    average          which weights: an entry of ema.profiles, or raw
+    every_n_steps    optimiser steps between two points of the curve, None: only at the end
+    at_start         the curve begins with the initial weights
+    samples          at most about so many samples (whole batches), None: all
+    curve_samples    the same for a point of the curve;   curve_split  its split, None: `split`
+    timed_steps      also median seconds of so many real training steps: `forward_s`, `backward_s`, `step_s`
+    spectral_radius  also the spectral radius of the map's Jacobian at the equilibrium of the first batch, mean over its
+                     samples, on the curve too
+
+    In a multi-process run every rank runs over its share of the split and the sums are added.
+    Raises UserError for options out of range, and from `check` and `run` for a split or module that do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: str = "test",
+        average: str = "ema",
+        every_n_steps: int | None = None,
+        at_start: bool = False,
+        samples: int | None = None,
+        curve_samples: int | None = None,
+        curve_split: str | None = None,
+        timed_steps: int = 0,
+        spectral_radius: bool = False,
+    ):
+        for name, value in (("samples", samples), ("curve_samples", curve_samples), ("every_n_steps", every_n_steps)):
+            if value is not None and value < 1:
+                raise UserError(f"evaluate.{name} must be >= 1 or null, got {value}. Set it to null for the default.")
+        if timed_steps < 0:
+            raise UserError(f"evaluate.timed_steps must be >= 0, got {timed_steps}. Set it to 0 to time nothing.")
+        self.split, self.average, self.every_n_steps, self.at_start = split, average, every_n_steps, at_start
+        self.samples, self.curve_samples, self.curve_split = samples, curve_samples, curve_split or split
+        self.timed_steps, self.spectral_radius = timed_steps, spectral_radius
+
+    def __bool__(self) -> bool:
+        return True
+
+    def check(self, module: ResearchModule, data) -> None:
+        """Raises UserError when the module has no metrics of its own, or the data no such split."""
+        if not callable(getattr(module, "evaluation_step", None)):
+            raise UserError(
+                f"evaluate=split needs {type(module).__name__}.evaluation_step, which it has not. "
+                f"Choose another evaluate=<choice> of conf/evaluate, or none."
+            )
+        for field, split in (("split", self.split), ("curve_split", self.curve_split)):
+            if split not in data.splits:
+                raise UserError(
+                    f"evaluate.{field}={split} is no split of the data. {nearest(split, data.splits)}"
+                    f"Splits: {', '.join(data.splits)}."
+                )
+
+    def run(self, module: ResearchModule, data, *, say=None) -> dict[str, Measurement]:
+        """Metric name -> record, with the module's weights as they are."""
+        started = time.perf_counter()
+        if data.trainer is None:
+            data.setup("test")
+        found = self._measure(module, data, self.split, self.samples)
+        if self.timed_steps:
+            times = step_times(module, data, self.timed_steps)
+            found |= {name: self._record(name, value, self.timed_steps, data, "train") for name, value in times.items()}
+        if say is not None:
+            shown = ", ".join(f"{name} {record.value:.4g}" for name, record in found.items())
+            say(f"  {self.split}: {shown}  ({time.perf_counter() - started:.0f} s)")
+        return found
+
+    def curve(self, module: ResearchModule, data) -> dict[str, Measurement]:
+        """The metrics of one point of the curve."""
+        return self._measure(module, data, self.curve_split, self.curve_samples)
+
+    def floor(self, data) -> dict[str, Measurement]:
+        """Nothing: there is no floor to these metrics."""
+        return {}
+
+    def _measure(self, module: ResearchModule, data, split: str, samples: int | None) -> dict[str, Measurement]:
+        sums: dict[str, tuple] = {}
+        extra: dict[str, tuple] = {}
+        seen, share = 0, None if samples is None else -(-samples // _rank()[1])
+        with evaluating(module), SolverTotals(module.net) as solver:
+            module.refresh()
+            for batch in data.eval_batches(split):
+                batch = to_device(batch, data, module.device)
+                watched = self.spectral_radius and not seen
+                with _keeping_last(module.net, watched):
+                    for name, (total, count) in module.evaluation_step(batch).items():
+                        before = sums.get(name, (0, 0))
+                        sums[name] = (before[0] + _number(total), before[1] + _number(count))
+                    extra |= _spectral_radius(module.net) if watched else {}
+                seen += next((len(leaf) for leaf in leaves(batch) if leaf.dim()), 1)
+                if share is not None and seen >= share:
+                    break
+        own = {name: (float(total), float(count)) for name, (total, count) in sums.items()}
+        health = {name: (float(total), float(count)) for name, (total, count) in (solver.sums | extra).items()}
+        own, health = _add_up(own), _add_up(health)
+        if not own:
+            raise UserError(f"The split {split} of the data is empty: there is nothing to measure. Check data.root.")
+        values = module.finalise({name: total / count for name, (total, count) in own.items()})
+        counts = {name: count for name, (_, count) in own.items()}
+        first = next(iter(counts.values()))
+        values |= {name: total / count for name, (total, count) in health.items() if name not in values}
+        counts = {name: count for name, (_, count) in health.items()} | counts
+        return {
+            name: self._record(name, float(value), round(counts.get(name, first)), data, split)
+            for name, value in values.items()
+        }
+
+    def _record(self, name: str, value: float, samples: int, data, split: str) -> Measurement:
+        fingerprint = getattr(data, "fingerprint", None)
+        return Measurement(
+            name=name, value=value, extractor="none", extractor_hash="none",
+            reference=f"{getattr(data, 'name', None) or type(data).__name__}/{split}",
+            reference_hash=fingerprint(split) if fingerprint else "none", samples=samples, rounding="none", ddof=0,
+        )  # fmt: skip
+
+
 class EvaluationCurve(Callback):
     """Logs `val/<metric>` every `evaluation.every_n_steps` optimiser steps, on the averaged weights."""
 
-    def __init__(self, evaluation: Evaluation, data, averages, progress=None):
+    def __init__(self, evaluation: Evaluation | SplitEvaluation, data, averages, progress=None):
         self.evaluation, self.data, self.averages, self.progress = evaluation, data, averages, progress
         self._done = -1
 
@@ -118,7 +259,7 @@ class EvaluationCurve(Callback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weights = choose_average(self.averages.averages, self.evaluation.average)
         with averaged(pl_module, weights):
-            found = self.evaluation.run(pl_module, self.data, samples=self.evaluation.curve_samples)
+            found = self.evaluation.curve(pl_module, self.data)
         values = {f"val/{name}": record.value for name, record in found.items()}
         log_now(trainer, values)
         if self.progress is not None and values:
@@ -135,6 +276,55 @@ def log_now(trainer: Trainer, values: dict[str, float]) -> None:
 
 def _key(metric: str) -> str:
     return metric.lower().replace("-", "_").replace(":", "_")
+
+
+@contextmanager
+def _keeping_last(net, wanted: bool):
+    """The equilibrium layers keep the map and point of their last solve inside the block, if wanted."""
+    layers = equilibria(net) if wanted else []
+    for layer in layers:
+        layer.keep_last = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keep_last, layer.last = False, None
+
+
+def _spectral_radius(net) -> dict[str, tuple]:
+    """{spectral_radius: (sum over samples, samples)} of the maps just solved; empty without equilibria."""
+    from common.deq.regular import spectral_radius
+
+    radii = []
+    for layer in equilibria(net):
+        if layer.last is not None:
+            fn, z, args = layer.last
+            radii.append(spectral_radius(partial(_with_arguments, fn, args), z).reshape(-1).double())
+    return {"spectral_radius": (sum(r.sum() for r in radii), sum(len(r) for r in radii))} if radii else {}
+
+
+def _with_arguments(fn, args, z):
+    return fn(z, *(args or ()))
+
+
+def _number(value):
+    """A float, or a tensor left on its device in double precision: adding up reads nothing back."""
+    return value.detach().double().reshape(()) if torch.is_tensor(value) else float(value)
+
+
+def _add_up(own: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """The sums and counts of every rank added up, in the order of the first rank that has them."""
+    _, world = _rank()
+    if world == 1:
+        return own
+    gathered: list[dict] = [{} for _ in range(world)]
+    torch.distributed.all_gather_object(gathered, own)
+    total: dict[str, tuple[float, float]] = {}
+    for part in gathered:
+        for name, (value, count) in part.items():
+            before = total.get(name, (0.0, 0.0))
+            total[name] = (before[0] + value, before[1] + count)
+    return total
 
 
 def _rank() -> tuple[int, int]:

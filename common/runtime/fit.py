@@ -17,10 +17,10 @@ from common.runtime import needs as companions
 from common.runtime.callbacks import Progress, SampleGrid, Throughput
 from common.runtime.checkpoint import SafeCheckpointIO, latest_complete, list_checkpoints
 from common.runtime.ema import WeightAverages, averaged, choose_average
-from common.runtime.evaluate import Evaluation, EvaluationCurve
-from common.runtime.generative import GenerativeModule
+from common.runtime.evaluate import Evaluation, EvaluationCurve, SplitEvaluation
 from common.runtime.lock import only_run
 from common.runtime.logger import MetricsCSV
+from common.runtime.module import ResearchModule, evaluating
 from common.runtime.plan import micro_batch, world_size
 from common.runtime.report import comparison_table, environment, plot_curves, show, write_result
 from common.runtime.speed import apply_speed
@@ -42,9 +42,9 @@ class Assembled:
     plain: dict
     folder: Path
     data: LightningDataModule
-    module: GenerativeModule
-    sampler: Callable
-    evaluation: Evaluation | None  # None for verbs that measure nothing
+    module: ResearchModule
+    sampler: Callable | None  # that of the sample section; modules that generate no images leave it alone
+    evaluation: Evaluation | SplitEvaluation | None  # None for verbs that measure nothing
 
 
 def instantiate(node):
@@ -74,16 +74,22 @@ def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
     module = instantiate(cfg.project)
     module.seed = cfg.seed
     module.images_per_step = cfg.data.batch_size
+    if module.uses_sampler:
+        module.picture_sampler = sampler
+    if evaluation:
+        evaluation.check(module, data)
     apply_speed(module, cfg)
     return Assembled(cfg, plain, Path(cfg.run.dir), data, module, sampler, evaluation)
 
 
-def build_evaluation(cfg: DictConfig, *, training: bool) -> Evaluation:
+def build_evaluation(cfg: DictConfig, *, training: bool) -> Evaluation | SplitEvaluation:
     """The evaluation of a configuration.
 
     A missing extractor file is no reason not to train: the run says so at the start and goes on without metrics
     (`task=test` measures them later). Every other verb refuses.
     """
+    if not cfg.evaluate.get("extractors"):
+        return instantiate(cfg.evaluate)
     without = cfg.evaluate.copy()
     without.extractors = {}
     nothing_measured = instantiate(without)  # refuses what is wrong with the section itself
@@ -155,12 +161,13 @@ def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
     for callback in ordered:
         if isinstance(callback, SampleGrid):
 
-            def make(count: int) -> torch.Tensor:
+            def draw(stem: Path, count: int) -> list[Path]:
                 weights = choose_average(averages.averages, cfg.sample.average)
-                with averaged(module, weights):
-                    return module.generate(torch.arange(count), sampler=run.sampler, seed=cfg.sample.seed)
+                with averaged(module, weights), evaluating(module):
+                    module.refresh()
+                    return module.preview(run.data, stem, samples=count, seed=cfg.sample.seed)
 
-            callback.make = make
+            callback.draw = draw
         if isinstance(callback, Throughput) and (callback.peak_tflops or torch.cuda.is_available()):
             from common.runtime.plan import make_plan
 
@@ -256,8 +263,8 @@ def finish(
         measured = {name: {"value": value} for name, value in values.items()}
         own = {"metrics": measured, "step": trainer.global_step, "wall_time_s": trained}
         print_closing_table(run, own, results)
-    grids = sorted((run.folder / "pictures").glob("step-*.png"))[-1:]
-    for what, path in [("samples", *grids[:1])] * bool(grids) + [("curve", p) for p in pictures]:
+    newest = sorted((run.folder / "pictures").glob("step-*"))[-1:]
+    for what, path in [*(("samples", p) for p in newest), *(("curve", p) for p in pictures)]:
         print(f"{what}: {path}")
     print(f"weights: {run.folder / 'export'}\nrun folder: {run.folder}")
     close(trainer.loggers)
@@ -298,7 +305,7 @@ def write_export(run: Assembled, *, step: int, average: str) -> Path:
         run.folder / "export",
         run.module.net,
         run.plain["project"]["net"],
-        sampler=run.plain["sample"]["sampler"],
+        sampler=run.plain["sample"]["sampler"] if run.module.uses_sampler else None,
         meta={
             "experiment": run.cfg.run.experiment, "seed": run.cfg.seed, "step": step, "average": average,
             "commit": facts["commit"], "dirty": facts["dirty"], "published": run.plain["published"],

@@ -1,51 +1,34 @@
 """The LightningModule shared by every paper that trains a network to turn noise into images."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from common.diffusion.guidance import Conditional
 from common.diffusion.sample import ImageNoise
 from common.errors import UserError
-from common.runtime.seeding import Draws
+from common.runtime.callbacks import write_grid
+from common.runtime.module import ResearchModule
 
 
-class GenerativeModule(LightningModule):
-    """Abstract: owns the network, the optimiser recipe, the per-step random numbers and image generation.
+class GenerativeModule(ResearchModule):
+    """Abstract: a `ResearchModule` whose network turns noise into images.
 
     A paper's module implements `training_step` and, where its generator is not `net(x, sigma)`, `denoiser`.
 
     net        preconditioned network (`common.diffusion.precond`), in state-dict keys `net.model.*`
-    optimizer  partial: parameters -> torch optimiser
-    schedule   learning-rate multiplier, optimiser step -> float (`common.optim.schedules`), or None for constant
+    optimizer, schedule   see `ResearchModule`
     """
 
+    unit = "images"
+    uses_sampler = True
+    idle_parameters = ("map_augment",)  # planning leaves the augmentation out
+
     def __init__(self, *, net: nn.Module, optimizer: Callable, schedule: Callable | None = None):
-        super().__init__()
-        self.net = net
-        self.make_optimizer = optimizer
-        self.schedule = schedule
-        self.seed = 0  # set by the runtime
-        self.images_per_step = 0  # joint batch over ranks and accumulation; set by the runtime
-
-    # Training ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def micro_step(self) -> int:
-        """Micro-batches done before the current one, over the whole run (restored on resume)."""
-        if self._trainer is None:
-            return 0
-        return max(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1, 0)
-
-    def draws(self) -> Draws:
-        """The random numbers of the micro-step under way."""
-        if self._trainer is None:
-            return Draws(seed=self.seed, step=0)
-        return Draws(
-            seed=self.seed, step=self.micro_step, rank=self.trainer.global_rank, world_size=self.trainer.world_size
-        )
+        super().__init__(net=net, optimizer=optimizer, schedule=schedule)
+        self.picture_sampler = None  # that of the `sample` section; set by the runtime
 
     def one_hot(self, labels: Tensor | None) -> Tensor | None:
         """Class labels (B,) as the one-hot floats (B, label_dim) the networks take; None for unconditional ones."""
@@ -53,21 +36,14 @@ class GenerativeModule(LightningModule):
             return None
         return nn.functional.one_hot(labels, self.net.label_dim).to(torch.float32)
 
-    def log(self, name, value, **options) -> None:
-        """Lightning's `log`, tensors averaged over the processes; nothing outside a trainer (planning, notebooks)."""
-        if self._trainer is not None:
-            sync = torch.is_tensor(value) and self.trainer.world_size > 1
-            super().log(name, value, **{"sync_dist": sync, **options})
-
-    def configure_optimizers(self):
-        try:
-            optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
-        except ValueError as error:  # torch refuses a negative learning rate, betas outside [0, 1), ...
-            raise UserError(f"project.optimizer cannot be built: {error}. Change that option of it.") from error
-        if self.schedule is None:
-            return optimizer
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def fake_batch(self, samples: int) -> dict[str, Tensor]:
+        """image (B, C, H, W), label (B,), position (B,), as `common.data.images` gives them."""
+        net = self.net
+        return {
+            "image": torch.empty(samples, net.img_channels, net.img_resolution, net.img_resolution),
+            "label": torch.zeros(samples, dtype=torch.int64),
+            "position": torch.zeros(samples, dtype=torch.int64),
+        }
 
     # Generation -------------------------------------------------------------------------------------------------------
 
@@ -92,6 +68,11 @@ class GenerativeModule(LightningModule):
             return sampler(self.denoiser(labels), noise.z, noise.noise)
         finally:
             self.net.train(was_training)
+
+    def preview(self, data, stem: Path, *, samples: int, seed: int) -> list[Path]:
+        """One grid `<stem>.png` of the first `samples` images."""
+        images = self.generate(torch.arange(samples), sampler=self.picture_sampler, seed=seed)
+        return [write_grid(stem.with_name(f"{stem.name}.png"), images)]
 
 
 def index_batches(samples: int, batch_size: int, section: str) -> list[Tensor]:

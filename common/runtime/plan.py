@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
+from common.runtime.module import ResearchModule
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Plan:
 
     parameters: int  # raw network, as papers count
     trainable: int
-    micro_batch: int  # images per process and micro-step
+    micro_batch: int  # samples per process and micro-step
     world_size: int
     flops_per_step: float
     weight_bytes: int
@@ -36,13 +37,13 @@ class Plan:
         )
 
 
-def raw_parameters(module: nn.Module) -> int:
-    """Parameters of the raw network inside the preconditioner: the number papers publish."""
-    return sum(p.numel() for p in module.net.raw.parameters())
+def raw_parameters(module: ResearchModule) -> int:
+    """Parameters of the network without its wrapper: the number papers publish. A shared one counts once."""
+    return sum(p.numel() for p in module.raw.parameters())
 
 
 def micro_batch(batch_size: int, world_size: int, accumulate: int) -> int:
-    """Images per process and micro-step. Raises UserError when the batch cannot be split evenly."""
+    """Samples per process and micro-step. Raises UserError when the batch cannot be split evenly."""
     if batch_size < 1:
         raise UserError(f"data.batch_size must be >= 1, got {batch_size}. Set data.batch_size to images per step.")
     parts = world_size * accumulate
@@ -85,18 +86,10 @@ def build_fake(cfg: DictConfig):
     return mode, module.train()
 
 
-def fake_batch(module: nn.Module, images: int) -> dict:
-    """A batch of the data contract with the network's shapes (call inside the fake mode)."""
-    net = module.net
-    return {
-        "image": torch.empty(images, net.img_channels, net.img_resolution, net.img_resolution),
-        "label": torch.zeros(images, dtype=torch.int64),
-        "position": torch.zeros(images, dtype=torch.int64),
-    }
-
-
-def fake_training_step(cfg: DictConfig, images: int) -> tuple[nn.Module, float, int]:
-    """One forward and backward on fake tensors: (module, FLOPs, bytes of activations kept for the backward)."""
+def fake_training_step(cfg: DictConfig, images: int) -> tuple[ResearchModule, float, int]:
+    """One forward and backward of a batch of `images` samples on fake tensors: (module, FLOPs, bytes of activations
+    kept for the backward). An equilibrium takes every step its solver may take: an upper bound.
+    """
     mode, module = build_fake(cfg)
     own = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, int] = {}
@@ -112,7 +105,7 @@ def fake_training_step(cfg: DictConfig, images: int) -> tuple[nn.Module, float, 
     counter = FlopCounterMode(display=False)
     with mode, counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         with autocast:
-            loss = module.training_step(fake_batch(module, images), 0)
+            loss = module.training_step(module.fake_batch(images), 0)
         loss = loss["loss"] if isinstance(loss, dict) else loss
         loss.backward()
     return module, float(counter.get_total_flops()), sum(kept.values())
@@ -169,7 +162,7 @@ def plan_task(cfg: DictConfig) -> float:
     mib = 2**20
     rows = [
         ("parameters of the network", f"{plan.parameters:,}" + (" (as published)" if expected else "")),
-        ("processes x micro-batch", f"{plan.world_size} x {plan.micro_batch} images"),
+        ("processes x micro-batch", f"{plan.world_size} x {plan.micro_batch} samples"),
         ("precision", str(cfg.trainer.precision)),
         ("FLOPs per optimiser step", f"{plan.flops_per_step / 1e9:,.2f} GFLOP (every row through every pass)"),
         ("weights", f"{plan.weight_bytes / mib:,.1f} MiB"),
@@ -179,7 +172,7 @@ def plan_task(cfg: DictConfig) -> float:
         ("activations kept for the backward", f"{plan.activation_bytes / mib:,.1f} MiB"),
         ("sum per process", f"{plan.total_bytes / mib:,.1f} MiB"),
         ("optimiser steps", f"{plan.steps:,}"),
-        ("images seen", f"{plan.images:,}"),
+        ("samples seen", f"{plan.images:,}"),
         ("training FLOPs in all", f"{plan.flops_per_step * plan.steps:.3e}"),
     ]
     if cfg.plan.peak_tflops:

@@ -1,4 +1,4 @@
-"""`task=sample`: a grid, one PNG per image and an npz."""
+"""`task=sample`: a grid, one PNG per image and an npz; of other networks, whatever their module shows."""
 
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from common.errors import UserError
 from common.files import atomic, write_json
 from common.metrics.images import to_uint8
 from common.runtime.callbacks import write_grid
-from common.runtime.fit import assemble
+from common.runtime.fit import Assembled, assemble
 from common.runtime.generative import index_batches
+from common.runtime.module import evaluating
 from common.runtime.weights import trained_weights
 
 
@@ -20,9 +21,8 @@ def sample_task(cfg: DictConfig) -> None:
 
     Image i depends on (sample.seed, i) and its class alone. Writes images/000000.png ..., grid.png (at most 400
     images), samples.npz with `images` uint8 (N, H, W, C), `labels` int64 (N,) or -1, and `samples.json`.
+    A module that generates no images shows `sample.samples` samples in its own way, in `<run.dir>/samples/seed<k>/`.
     """
-    from rich.progress import track
-
     batches = index_batches(cfg.sample.samples, cfg.sample.batch_size, "sample")
     run = assemble(cfg, training=False, measuring=False)
     source = trained_weights(
@@ -30,6 +30,38 @@ def sample_task(cfg: DictConfig) -> None:
     )
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
     module = run.module.to(device)
+    if module.uses_sampler:
+        make_images(run, batches, source)
+    else:
+        show_samples(run, source)
+
+
+def show_samples(run: Assembled, source: dict) -> None:
+    """What the module's `show` writes, with the chosen weights, its paths printed.
+
+    Raises UserError when the data are not there or the module has nothing to show.
+    """
+    seed, module = run.cfg.sample.seed, run.module
+    run.data.check()
+    run.data.setup("test")
+    folder = run.folder / "samples" / f"seed{seed}"
+    with evaluating(module):
+        module.refresh()
+        written = module.show(run.data, folder, samples=run.cfg.sample.samples, seed=seed)
+    if not written:
+        raise UserError(
+            f"task=sample has nothing to show: {type(module).__name__} writes no pictures. Use task=test for metrics."
+        )
+    print(f"{source['file']} ({source['average']}, step {source['step']})")
+    for path in written:
+        print(f"shown: {path}")
+
+
+def make_images(run: Assembled, batches: list[torch.Tensor], source: dict) -> None:
+    """The images of the index `batches`, as a grid, single files and an array."""
+    from rich.progress import track
+
+    cfg, module = run.cfg, run.module
     name = f"{type(run.sampler).__name__.lower()}-nfe{run.sampler.nfe}-seed{cfg.sample.seed}"
     folder = run.folder / "samples" / name
     (folder / "images").mkdir(parents=True, exist_ok=True)

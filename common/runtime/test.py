@@ -33,7 +33,7 @@ def test_task(cfg: DictConfig) -> float | None:
         rows.append({
             "metric": name,
             "ours": show(record.value) if record else "not measured",
-            "images": record.samples if record else "-",
+            run.module.unit: record.samples if record else "-",
             "published": show(float(entry["value"])) if entry else "-",
             "source": entry["source"] if entry else "-",
         })  # fmt: skip

@@ -10,7 +10,7 @@ from common.runtime.checkpoint import latest_complete, read_checkpoint
 from common.runtime.ema import choose_average
 from common.weights.load import LoadReport, load_into, load_tensors
 
-NETWORK = "net."  # a GenerativeModule keeps its preconditioned network under this name
+NETWORK = "net."  # a ResearchModule keeps its network under this name
 
 
 def find_init(file: str | None, hint: str | None) -> Path | None:
@@ -30,7 +30,7 @@ def find_init(file: str | None, hint: str | None) -> Path | None:
 
 
 def network_tensors(path: Path, average: str | None = None) -> dict[str, Tensor]:
-    """Tensors of the preconditioned network in `path`, keys as in the network's state dict (without `net.`).
+    """Tensors of the network in `path`, keys as in the network's state dict (without `net.`).
 
     average  for a step-*.ckpt: name of a stored average, or `raw`; None takes `ema` when there is one, else `raw`
     """
