@@ -1,0 +1,372 @@
+"""Fixed-point solvers as small objects: init / step / terminate / finish. `common.deq.solve.solve` owns the loop.
+
+Everything is per sample: each row of the matrices (B, D) has its own history, so a sample's path does not depend on the
+batch it is in. A solver's state is a dict of tensors with leading dimension B: rows can be taken out of it.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.deq.krylov import gmres
+from common.errors import UserError, nearest
+
+STOPS = ("rel", "abs", "never")
+TINY = 1e-30  # keeps a division by the norm of an exact solution defined
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver(ABC):
+    """Abstract. What every solver shares.
+
+    max_iter  steps at most, >= 0; 0 returns the initial state without calling fn
+    tol       a sample has converged when its residual is at most tol, > 0
+    stop      rel: ||f(z) - z|| / ||f(z)||; abs: ||f(z) - z||, which grows with the dimension and with the scale of z;
+              never: take all steps and return the last finite state; nothing is tested, so nothing synchronises
+    """
+
+    max_iter: int = 50
+    tol: float = 1e-3
+    stop: str = "rel"
+
+    # True: the answer of a sample is fn's (damped) image of the point measured, a step closer where the map contracts,
+    # and max_iter steps take max_iter evaluations. False: the point itself, and one evaluation more measures the last.
+    returns_image = True
+
+    def __post_init__(self):
+        if self.max_iter < 0:
+            raise UserError(f"solver.max_iter must be >= 0, got {self.max_iter}. Set it to the number of steps.")
+        if not self.tol > 0:
+            raise UserError(
+                f"solver.tol must be > 0, got {self.tol}. For a fixed number of steps set solver.stop=never."
+            )
+        if self.stop not in STOPS:
+            raise UserError(
+                f"solver.stop must be one of {', '.join(STOPS)}, got {self.stop}. {nearest(self.stop, STOPS)}"
+            )
+
+    def init(self, z: Tensor) -> dict[str, Tensor]:
+        """State before the first step from z (B, D)."""
+        return {}
+
+    @abstractmethod
+    def step(self, problem, state: dict[str, Tensor], number: int, point) -> Tensor:
+        """The next point (B, D) after evaluation `number` (from 1) at `point` (`common.deq.solve.Point`)."""
+
+    def terminate(self, state: dict[str, Tensor], residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(converged, failed), (B,) bool each."""
+        return residual <= self.tol, ~torch.isfinite(residual)
+
+    def finish(self, z: Tensor, fz: Tensor, gz: Tensor) -> Tensor:
+        """The answer of a sample that ends with this measured point."""
+        return fz if self.returns_image else z
+
+
+def _check_tau(tau: float) -> None:
+    if not 0 < tau <= 1:
+        raise UserError(f"solver.tau must lie in (0, 1], got {tau}. 1 is undamped.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picard(Solver):
+    """Damped fixed-point iteration z <- tau f(z) + (1 - tau) z. No history.
+
+    Converges linearly where the eigenvalues of (1 - tau) I + tau J lie inside the unit circle. The residual is that of
+    f, not of the damped map.
+    """
+
+    tau: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_tau(self.tau)
+
+    def step(self, problem, state, number, point):
+        return self.finish(point.z, point.fz, point.gz)
+
+    def finish(self, z, fz, gz):
+        return fz if self.tau == 1 else torch.add(z, gz, alpha=self.tau)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anderson(Solver):
+    """Anderson acceleration, type II: the next point mixes m images so that the mixed residual is smallest.
+
+        min_a ||sum_i a_i g_i||^2, sum_i a_i = 1;    z <- sum_i a_i (tau f(z_i) + (1 - tau) z_i)
+
+    m          points remembered, >= 1; memory 2 m states. A new point takes the place of the one missed least: the
+               three newest stay, of the others that goes whose loss raises the mixed residual least. (Dropping the
+               oldest, as is usual, needs 89 instead of 72 steps on a random map of spectral radius .95, and 113
+               instead of 46 on a symmetric one of .99: python -m tools.bench deq.)
+    ridge      added to the diagonal of the Gram matrix of the residuals scaled to unit norm, so relative to its
+               trace and effective at every scale (TorchDEQ adds an absolute 1e-4, which switches the acceleration off
+               near convergence: sheet, pitfall 4)
+    safeguard  a sample whose residual exceeds its best by this factor, or is not finite, goes back to its best state,
+               forgets its history; after RESTARTS of those a non-finite residual ends it
+
+    One step updates one row and column of the Gram matrix: B m D products, and B solves of size m in double precision.
+    """
+
+    m: int = 6
+    tau: float = 1.0
+    ridge: float = 1e-10
+    safeguard: float = 10.0
+
+    RECENT = 3  # newest points that are never forgotten; with fewer, a symmetric map loses its three-term recurrence
+    RESTARTS = 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_tau(self.tau)
+        if self.m < 1:
+            raise UserError(f"solver.m must be >= 1, got {self.m}. 6 is usual; 1 is plain iteration.")
+        if self.ridge < 0:
+            raise UserError(f"solver.ridge must be >= 0, got {self.ridge}. 1e-10 is the default.")
+        if not self.safeguard > 1:
+            raise UserError(
+                f"solver.safeguard must be > 1, got {self.safeguard}. 10 is the default, inf switches it off."
+            )
+
+    def init(self, z):
+        batch, width = z.shape
+        return {
+            "images": z.new_zeros(batch, self.m, width),
+            "residuals": z.new_zeros(batch, self.m, width),
+            "gram": torch.eye(self.m, dtype=torch.float64, device=z.device).expand(batch, -1, -1).clone(),
+            "valid": torch.zeros(batch, self.m, dtype=torch.float64, device=z.device),
+            "born": torch.zeros(batch, self.m, dtype=torch.int64, device=z.device),
+            "slot": torch.zeros(batch, dtype=torch.int64, device=z.device),  # where the next point goes
+            "restarts": torch.zeros(batch, dtype=torch.int64, device=z.device),
+        }
+
+    def step(self, problem, state, number, point):
+        lost = ~(point.residual <= self.safeguard * point.best_residual)
+        used = min(number, self.m)
+        images, residuals = state["images"][:, :used], state["residuals"][:, :used]
+        valid, gram, born = state["valid"][:, :used], state["gram"][:, :used, :used], state["born"][:, :used]
+        if number <= self.m:  # nothing to forget yet: the same slot for everyone
+            slot = number - 1
+            images[:, slot], residuals[:, slot], valid[:, slot], born[:, slot] = point.fz, point.gz, 1.0, number
+            row = torch.bmm(residuals, point.gz.unsqueeze(2)).squeeze(2).double() * valid
+            gram[:, slot], gram[:, :, slot] = row, row
+        else:
+            slot = state["slot"]
+            rows = torch.arange(len(slot), device=slot.device)
+            images[rows, slot], residuals[rows, slot] = point.fz, point.gz
+            valid[rows, slot], born[rows, slot] = 1.0, number
+            row = torch.bmm(residuals, point.gz.unsqueeze(2)).squeeze(2).double() * valid
+            gram[rows, slot], gram[rows, :, slot] = row, row
+        if used == 1:
+            mixed = self.finish(point.z, point.fz, point.gz)
+        else:
+            weights, cost = self._weights(gram, valid)
+            state["slot"] = cost.masked_fill(born > number - self.RECENT, float("inf")).argmin(1)
+            weights = weights.to(point.z.dtype).unsqueeze(1)
+            mixed = torch.bmm(weights, images).squeeze(1)
+            if self.tau != 1:
+                mixed = mixed - (1 - self.tau) * torch.bmm(weights, residuals).squeeze(1)
+        # a sample that got lost restarts: everything it remembers is masked out, its best state is the next point
+        valid.masked_fill_(lost[:, None], 0.0)
+        gram.copy_(torch.where(lost[:, None, None], torch.eye(used, dtype=gram.dtype, device=gram.device), gram))
+        state["restarts"] += lost
+        return torch.where(lost[:, None], point.best, mixed)
+
+    def _weights(self, gram: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixing weights a (B, n), 0 for masked entries, sum 1; and what forgetting each entry would cost (B, n).
+
+        With P the inverse of the Gram matrix, a = P 1 / (1^T P 1); without entry j the least squared residual grows
+        by a factor 1 / (1 - a_j^2 (1^T P 1) / P_jj), so a_j^2 / P_jj ranks the entries.
+        """
+        scale = torch.rsqrt(torch.diagonal(gram, dim1=1, dim2=2) + TINY)
+        scaled = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
+        scaled.diagonal(dim1=1, dim2=2).add_(self.ridge)
+        inverse = torch.linalg.inv_ex(scaled)[0]
+        right = valid * scale
+        raw = torch.bmm(inverse, right.unsqueeze(2)).squeeze(2)
+        cost = torch.where(valid > 0, raw * raw / torch.diagonal(inverse, dim1=1, dim2=2), 0.0)
+        raw = raw * scale
+        weights = raw / raw.sum(dim=1, keepdim=True)
+        mean = valid / valid.sum(dim=1, keepdim=True).clamp_min(1)  # singular: the mean of what is remembered
+        sound = torch.isfinite(weights).all(dim=1, keepdim=True)
+        return torch.where(sound, weights, mean), torch.nan_to_num(cost, nan=0.0)
+
+    def terminate(self, state, residual):
+        return residual <= self.tol, ~torch.isfinite(residual) & (state["restarts"] >= self.RESTARTS)
+
+    def finish(self, z, fz, gz):
+        return fz if self.tau == 1 else torch.add(z, gz, alpha=self.tau)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broyden(Solver):
+    """Good Broyden on g(z) = f(z) - z from the inverse Jacobian -I: one evaluation per step, superlinear.
+
+    The inverse after the last l steps s_i with changes y_i of g has the closed form (Byrd, Nocedal, Schnabel 1994,
+    restated for the inverse)
+
+        H = -I + A M^-1 S^T,   A = S + Y,   M_ij = s_i . y_j  (i <= j),   s_i . (y_j + s_j)  (i > j)
+
+    which stays a valid Broyden matrix when the oldest pair is forgotten. M^-1 is kept by bordering, in double.
+
+    memory       pairs remembered, >= 1; None: max_iter of them (memory 2 x so many states)
+    line_search  halve a sample's step, at most HALVINGS times, until its residual falls; each trial evaluates fn once
+    safeguard    as in `Anderson`
+
+    Three passes over the history per step: S.g, A.s and A^T w.
+    """
+
+    memory: int | None = None
+    line_search: bool = False
+    safeguard: float = 1e3
+
+    returns_image = False
+    RESTARTS = 3
+    HALVINGS = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.memory is not None and self.memory < 1:
+            raise UserError(f"solver.memory must be >= 1 or null, got {self.memory}. null keeps every step.")
+        if not self.safeguard > 1:
+            raise UserError(
+                f"solver.safeguard must be > 1, got {self.safeguard}. 1000 is the default, inf switches it off."
+            )
+
+    @property
+    def pairs(self) -> int:
+        return max(min(self.memory or self.max_iter, self.max_iter), 1)
+
+    def init(self, z):
+        batch, width = z.shape
+        return {
+            "s": z.new_zeros(batch, self.pairs, width),
+            "a": z.new_zeros(batch, self.pairs, width),
+            # M^-1; rows and columns of empty or forgotten slots are zero, which takes their pairs out of every product
+            "inverse": torch.zeros(batch, self.pairs, self.pairs, dtype=torch.float64, device=z.device),
+            "sg": torch.zeros(batch, self.pairs, dtype=torch.float64, device=z.device),  # S . g of the last point
+            "z": torch.zeros_like(z),
+            "g": torch.zeros_like(z),
+            "fresh": torch.ones(batch, dtype=torch.bool, device=z.device),  # the next point ends no step to remember
+            "restarts": torch.zeros(batch, dtype=torch.int64, device=z.device),
+            "extra": torch.zeros(batch, dtype=torch.int64, device=z.device),
+        }
+
+    def step(self, problem, state, number, point):
+        lost = ~(point.residual <= self.safeguard * point.best_residual)
+        update = point.gz
+        used = min(number - 1, self.pairs)
+        if used:
+            self._remember(state, (number - 2) % self.pairs, used, point.z, point.gz)
+            inverse = state["inverse"][:, :used, :used]
+            weights = torch.bmm(inverse, state["sg"][:, :used].unsqueeze(2)).to(update.dtype)
+            update = update - torch.bmm(weights.transpose(1, 2), state["a"][:, :used]).squeeze(1)
+            broken = ~torch.isfinite(weights).all(dim=1)
+            update = torch.where(broken, point.gz, update)
+            inverse.masked_fill_((lost[:, None] | broken).unsqueeze(2), 0.0)
+        state["z"], state["g"], state["fresh"] = point.z, point.gz, lost
+        state["restarts"] += lost
+        moved = search(problem, state, point, update, self.HALVINGS) if self.line_search else point.z + update
+        return torch.where(lost[:, None], point.best, moved)
+
+    def _remember(self, state: dict[str, Tensor], slot: int, used: int, z: Tensor, g: Tensor) -> None:
+        """Put the step that led to (z, g) into the history, in the place of the oldest pair when it is full."""
+        s, y = z - state["z"], g - state["g"]
+        inverse, sg = state["inverse"], state["sg"][:, :used]
+        known = inverse[:, :used, :used]
+        if self.pairs < self.max_iter:  # the slot may be taken: M^-1 of the other pairs, by the Schur complement
+            pivot = inverse[:, slot, slot]
+            over = torch.where(pivot == 0, 0.0, 1 / torch.where(pivot == 0, 1.0, pivot))
+            known -= known[:, :, slot, None] * (known[:, slot, None, :] * over[:, None, None])
+            known[:, slot, :] = 0
+            known[:, :, slot] = 0
+        now = torch.bmm(state["s"][:, :used], g.unsqueeze(2)).squeeze(2).double()
+        column = now - sg  # s_i . y_new; what it holds at the slot itself meets a zero row of M^-1
+        row = torch.bmm(state["a"][:, :used], s.unsqueeze(2)).squeeze(2).double()  # s_new . (y_j + s_j)
+        right = torch.bmm(known, column.unsqueeze(2)).squeeze(2)
+        left = torch.bmm(row.unsqueeze(1), known).squeeze(1)
+        s64 = s.double()
+        complement = (s64 * y).sum(1) - (row * right).sum(1)
+        square = (s64 * s64).sum(1)
+        sound = (complement.abs() > 1e-12 * square) & ~state["fresh"]  # false for what is not finite, too
+        over = torch.where(sound, 1 / torch.where(sound, complement, 1.0), 0.0)[:, None]
+        known += right.unsqueeze(2) * (left * over).unsqueeze(1)
+        known[:, :, slot] = -right * over
+        known[:, slot, :] = -left * over
+        known[:, slot, slot] = over[:, 0]
+        state["s"][:, slot] = torch.where(sound[:, None], s, 0.0)
+        state["a"][:, slot] = torch.where(sound[:, None], s + y, 0.0)
+        now[:, slot] = torch.where(sound, (s * g).sum(1).double(), 0.0)
+        state["sg"][:, :used] = now
+
+    def terminate(self, state, residual):
+        return residual <= self.tol, ~torch.isfinite(residual) & (state["restarts"] >= self.RESTARTS)
+
+    @staticmethod
+    def left_inverse(state: dict[str, Tensor], rows: Tensor) -> Tensor:
+        """v (I - J)^-1 for row vectors v (B, D), as estimated by the last step: I - S M^-T A^T (SHINE, 2106.00553)."""
+        weights = torch.bmm(state["a"], rows.unsqueeze(2)).double()
+        weights = torch.bmm(state["inverse"].transpose(1, 2), weights).to(rows.dtype)
+        return rows - torch.bmm(weights.transpose(1, 2), state["s"]).squeeze(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewtonKrylov(Solver):
+    """Newton's method on f(z) - z, each step solved by GMRES with Jacobian-vector products: the reference.
+
+        (I - J(z)) d = f(z) - z;    z <- z + t d, t halved until the residual falls (at most HALVINGS times)
+
+    Finds fixed points where f is no contraction, converges quadratically near them. One step costs up to `krylov`
+    products, each about two evaluations of f, counted as one evaluation. Memory: krylov + 1 states.
+
+    krylov   largest Krylov space
+    forcing  relative residual to which each linear system is solved, in (0, 1)
+    fn must be differentiable in forward mode (torch.func.jvp).
+    """
+
+    krylov: int = 30
+    forcing: float = 1e-2
+
+    returns_image = False
+    HALVINGS = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.krylov < 1:
+            raise UserError(f"solver.krylov must be >= 1, got {self.krylov}. 30 is the default.")
+        if not 0 < self.forcing < 1:
+            raise UserError(f"solver.forcing must lie in (0, 1), got {self.forcing}. 0.01 is the default.")
+
+    def init(self, z):
+        return {"extra": torch.zeros(len(z), dtype=torch.int64, device=z.device)}
+
+    def step(self, problem, state, number, point):
+        width = point.z.shape[1]
+        product = lambda v: v - problem.jvp(point.z, v)
+        right = torch.where(point.running[:, None], point.gz, 0.0)
+        direction, _, used = gmres(product, right, size=min(self.krylov, width), tol=self.forcing, fixed=problem.static)
+        state["extra"] += used * point.running
+        direction = torch.where(torch.isfinite(direction).all(dim=1, keepdim=True), direction, point.gz)
+        return search(problem, state, point, direction, self.HALVINGS)
+
+
+def search(problem, state: dict[str, Tensor], point, update: Tensor, halvings: int) -> Tensor:
+    """z + t update per sample, t in 1, 1/2, 1/4, ...: the first that lowers ||f(z) - z||, else the last.
+
+    Trial evaluations are added to state["extra"]; the last one is handed on, so that the loop need not repeat it.
+    """
+    start = torch.linalg.vector_norm(point.gz, dim=1)
+    length = torch.ones_like(start)
+    z = point.z + update
+    fz = problem(z)
+    for _ in range(0 if problem.static else halvings):
+        worse = ~(torch.linalg.vector_norm(fz - z, dim=1) < start) & point.running
+        if not bool(worse.any()):
+            break
+        length = torch.where(worse, length / 2, length)
+        z = torch.where(worse[:, None], point.z + length[:, None] * update, z)
+        fz = problem(z)
+        state["extra"] += worse
+    problem.known = (z, fz)
+    return z

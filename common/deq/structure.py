@@ -1,0 +1,116 @@
+"""A state of any shape as one matrix: rows are samples, columns everything else."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from common.errors import UserError
+
+State = Tensor | tuple | list | dict  # nested tuples, lists and dicts of tensors with the same leading dimension B
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a structured state becomes a matrix (B, D) and back.
+
+    Leaves are flattened and put side by side; half-precision leaves travel as float32, since a fixed-point residual in
+    half precision ends near 4e-3. A leaf of shape (B,) is one column; a tensor without dimensions is one sample.
+    """
+
+    spec: pytree.TreeSpec
+    shapes: tuple[torch.Size, ...]  # without the batch dimension
+    dtypes: tuple[torch.dtype, ...]
+    widths: tuple[int, ...]
+    scalar: bool  # the state is one tensor without dimensions
+    dtype: torch.dtype  # of the matrix
+
+    @classmethod
+    def of(cls, z: State) -> "Layout":
+        """Layout of a state. Raises UserError when it holds no tensors or leaves of different batch size."""
+        leaves, spec = pytree.tree_flatten(z)
+        if not leaves or not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
+            found = ", ".join(str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves)
+            raise UserError(
+                f"z0 must be a floating-point tensor or a nested tuple, list or dict of them, got {found or 'nothing'}."
+            )
+        scalar = len(leaves) == 1 and leaves[0].dim() == 0
+        if not scalar and (any(leaf.dim() == 0 for leaf in leaves) or len({len(leaf) for leaf in leaves}) > 1):
+            raise UserError(
+                "Every tensor of z0 needs the same leading batch dimension, got shapes "
+                f"{', '.join(str(tuple(leaf.shape)) for leaf in leaves)}. Give each the shape (B, ...)."
+            )
+        shapes = tuple(leaf.shape[1:] for leaf in leaves)
+        dtype = leaves[0].dtype
+        for leaf in leaves[1:]:
+            dtype = torch.promote_types(dtype, leaf.dtype)
+        return cls(
+            spec=spec,
+            shapes=shapes,
+            dtypes=tuple(leaf.dtype for leaf in leaves),
+            widths=tuple(shape.numel() for shape in shapes),
+            scalar=scalar,
+            dtype=torch.float32 if dtype.itemsize < 4 else dtype,
+        )
+
+    def pack(self, z: State) -> Tensor:
+        """The state as (B, D); one contiguous tensor of the right type is not copied."""
+        leaves = pytree.tree_leaves(z)
+        if len(leaves) == 1:
+            leaf = leaves[0]
+            flat = leaf.reshape(1, 1) if self.scalar else leaf.reshape(len(leaf), self.widths[0])
+            return flat.to(self.dtype)
+        return torch.cat([leaf.reshape(len(leaf), -1).to(self.dtype) for leaf in leaves], dim=1)
+
+    def unpack(self, flat: Tensor) -> State:
+        """(B', D) as the structure again, for any number of rows; views where the types allow."""
+        if self.scalar:
+            return pytree.tree_unflatten([flat.reshape(()).to(self.dtypes[0])], self.spec)
+        parts = flat.split(self.widths, dim=1) if len(self.widths) > 1 else (flat,)
+        leaves = [
+            part.reshape(len(flat), *shape).to(dtype)
+            for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
+        ]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def pack_image(self, image: State, rows: int) -> Tensor:
+        """What the map returned for `rows` samples, as (rows, D).
+
+        Raises UserError when it is not of the structure and the shapes of the state.
+        """
+        if isinstance(image, Tensor) and len(self.shapes) == 1 and self.spec.is_leaf():
+            leaves = [image]
+        else:
+            if image is None:
+                raise UserError("fn returned None. Return the next state, with the structure and shapes of z0.")
+            leaves, spec = pytree.tree_flatten(image)
+            if spec != self.spec or not all(isinstance(leaf, Tensor) for leaf in leaves):
+                raise UserError(
+                    f"fn returned {_describe(image)}, but z0 is {self.spec_text()}. Return the structure of z0."
+                )
+        for number, (leaf, shape) in enumerate(zip(leaves, self.shapes, strict=True)):
+            expected = torch.Size() if self.scalar else torch.Size((rows, *shape))
+            if leaf.shape != expected:
+                where = "" if len(leaves) == 1 else f" in tensor {number} of the state"
+                raise UserError(
+                    f"fn changed the shape of the state{where}: {tuple(expected)} became {tuple(leaf.shape)}. A fixed "
+                    f"point needs a map onto the same shape."
+                )
+        return self.pack(leaves)
+
+    def spec_text(self) -> str:
+        return "one tensor" if self.spec.is_leaf() else f"a {self.spec.type.__name__} of {len(self.shapes)} tensors"
+
+
+def _describe(value) -> str:
+    if isinstance(value, Tensor):
+        return "one tensor"
+    if isinstance(value, tuple | list | dict):
+        return f"a {type(value).__name__} of {len(pytree.tree_leaves(value))} tensors"
+    return f"a {type(value).__name__}"
+
+
+def take_rows(tree, rows: Tensor):
+    """Every tensor of a structure at the rows (n,) of its leading dimension; what is no tensor passes through."""
+    return pytree.tree_map(lambda leaf: leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf, tree)
