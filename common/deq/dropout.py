@@ -66,7 +66,7 @@ class VariationalMask(nn.Module):
         kept = mask is None
         if kept:
             if self.mask is None:
-                self.mask = self.mask_for(x)
+                self.mask = _plain(self.mask_for(x))
             mask = self.mask
         if mask.shape[0] != x.shape[0]:
             self._refuse(x, mask, kept)
@@ -89,6 +89,13 @@ class VariationalMask(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}"
+
+
+def _plain(mask: Tensor) -> Tensor:
+    """A mask drawn inside jvp or grad of torch.func as a tensor that outlives them."""
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(mask):
+        mask = torch._C._functorch.get_unwrapped(mask)
+    return mask
 
 
 class VariationalDropout(VariationalMask):

@@ -8,7 +8,7 @@ Equation 8), clipping as in TorchDEQ (arXiv 2310.18605, code).
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from weakref import ref
 
 import torch
@@ -70,7 +70,7 @@ class Norm(nn.Module):
         self.clip = clip
         self.learn_scale = learn_scale
         self.target = target
-        self._held: Held | None = None
+        self.held: Held | None = None  # common.deq.recompute puts an earlier one back
 
     def compute(self, *originals: Tensor) -> Tensor:
         """The normalised weight from (g, v), or from (v,) when the scale is constant."""
@@ -80,12 +80,12 @@ class Norm(nn.Module):
         """What a reset in training mode does to the state beside the parameters."""
 
     def forward(self, *originals: Tensor) -> Tensor:
-        held = self._held
+        held = self.held
         # Other tensors than those held: a functional call with its own parameters. The held weight stays for later.
         if held is None or any(a is not b for a, b in zip(originals, held.sources)):
             return self.compute(*originals)
         if not torch.compiler.is_compiling() and not self._is_current(held):
-            self._held = None
+            self.held = None
             return self.compute(*originals)
         if not torch.is_grad_enabled():
             return held.weight.detach()
@@ -93,26 +93,24 @@ class Norm(nn.Module):
             # Reset ran without gradients, now they are wanted: the same weight again, with its graph.
             if torch.compiler.is_compiling():
                 return self.compute(*originals)
-            return self._hold(originals).weight
+            return self._hold(originals)
         return held.weight
 
     def reset(self, *originals: Tensor) -> None:
         """Compute the weight now and keep it until the next reset or any of the events of the class docstring."""
-        self._held = None
+        self.held = None
         if self.training:
             self.advance(*originals)
         self._hold(originals)
 
-    def held(self) -> Held | None:
-        """What is held now, to `hold` it again later; see common.deq.recompute."""
-        return self._held
+    def current(self) -> Held | None:
+        """The held weight if the next access would use it."""
+        return self.held if self.held is not None and self._is_current(self.held) else None
 
-    def hold(self, held: Held | None) -> None:
-        """Hold an earlier weight again, even if a backward pass has gone through it since."""
-        self._held = None if held is None else replace(held, spent=False)
-
-    def _hold(self, originals: tuple[Tensor, ...]) -> Held:
+    def _hold(self, originals: tuple[Tensor, ...]) -> Tensor:
         weight = self.compute(*originals)
+        if torch._C._functorch.is_functorch_wrapped_tensor(weight):
+            return weight  # made inside jvp, grad or vmap of torch.func: it ends with them
         held = Held(weight, originals, tuple(map(_stamp, originals)), _stamp(weight)[0])
         if weight.requires_grad:
             back = ref(held)  # weak: the hook would otherwise keep the graph alive in a cycle
@@ -122,8 +120,8 @@ class Norm(nn.Module):
                     now.spent = True
 
             weight.register_hook(spend)
-        self._held = held
-        return held
+        self.held = held
+        return weight
 
     def _is_current(self, held: Held) -> bool:
         if held.spent or held.stamps != tuple(map(_stamp, held.sources)):
@@ -152,19 +150,19 @@ class Norm(nn.Module):
 
     def train(self, mode: bool = True):
         if mode != self.training:
-            self._held = None
+            self.held = None
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True):
-        self._held = None
+        self.held = None
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args) -> None:
-        self._held = None
+        self.held = None
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_held": None}  # a copy starts without: graphs cannot be copied
+        return {**self.__dict__, "held": None}  # a copy starts without: graphs cannot be copied
 
     def extra_repr(self) -> str:
         scale = "learn_scale=True" if self.learn_scale else f"target={self.target}"
@@ -194,7 +192,7 @@ class WeightNorm(Norm):
 
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(g, v), or v, that give `weight`: what `layer.weight = value` stores."""
-        self._held = None
+        self.held = None
         norm = self._norm(weight)
         return self._join(norm.clone(), torch.where(norm > EPS, weight, weight[0].numel() ** -0.5))
 
@@ -249,7 +247,7 @@ class SpectralNorm(Norm):
 
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(g, v), or v, that give `weight`, after finding its singular vectors: what `layer.weight = value` stores."""
-        self._held = None
+        self.held = None
         empty = torch.linalg.vector_norm(weight) <= EPS
         v = torch.where(empty, torch.ones_like(weight), weight)
         matrix = self._matrix(v)

@@ -154,6 +154,16 @@ def test_compiled():
     assert torch.equal(run(x[1:], mask[1:]), mask[1:])
 
 
+def test_a_mask_drawn_inside_a_jvp_stays():
+    drop = VariationalDropout(0.5)
+    x = torch.ones(3, 20)
+    y, tangent = torch.func.jvp(drop, (x,), (x,))
+    assert torch.equal(drop(x), y) and torch.equal(tangent, y) and 0 < (y == 0).sum() < 60
+    reset(drop)
+    grad = torch.func.grad(lambda x: torch.func.jvp(drop, (x,), (x,))[1].sum())(x)
+    assert torch.equal(drop.mask, grad)
+
+
 def test_an_empty_batch():
     assert VariationalDropout1d(0.5)(torch.empty(0, 3, 4)).shape == (0, 3, 4)
 

@@ -433,7 +433,7 @@ def test_functional_calls_use_what_they_are_given():
     expected = copy.deepcopy(cell)
     expected.load_state_dict(doubled)
     torch.testing.assert_close(torch.func.functional_call(cell, doubled, x), expected(x))
-    assert norm_of(cell[0]).held() is not None  # the held weight is still there afterwards
+    assert norm_of(cell[0]).held is not None  # the held weight is still there afterwards
 
     def loss(params):
         return torch.func.functional_call(cell, params, x).square().sum()
@@ -450,6 +450,11 @@ def test_forward_and_batched_derivatives_pass_through():
     z = torch.randn(4)
     forward = torch.func.jacfwd(cell)(z)
     torch.testing.assert_close(torch.func.jacrev(cell)(z), forward)
+    with torch.no_grad():
+        reset(cell)  # held without a graph, then asked for inside a transform with gradients on
+    torch.testing.assert_close(torch.func.jacrev(cell)(z), forward)
+    torch.testing.assert_close(torch.func.jvp(cell, (z,), (z,))[1], forward @ z)
+    cell(z).sum().backward()
     torch.testing.assert_close(cell[2].weight @ torch.diag(1 - cell[:2](z).square()) @ cell[0].weight, forward)
 
 
