@@ -169,14 +169,14 @@ class GraphSet:
     def _collate(self, indices: list[int]) -> dict[str, Tensor]:
         graphs = [self.graphs[i] for i in indices]
         outgoing = sparse.csr_matrix(sparse.block_diag([self.matrices[i] for i in indices], format="csr"))
-        return {
+        return {  # the labels first: their number is what the runtime counts as the batch's samples
+            "label": torch.from_numpy(np.concatenate([g.label for g in graphs])),
+            "mask": torch.from_numpy(np.concatenate([g.mask for g in graphs])),
             "x": torch.from_numpy(np.concatenate([g.x for g in graphs])),
             "incoming": to_csr(sparse.csr_matrix(outgoing.T.tocsr())),
             "outgoing": to_csr(outgoing),
             "radius": torch.tensor(max(self.radii[i] for i in indices), dtype=torch.float32),
             "owner": torch.from_numpy(np.repeat(np.arange(len(graphs)), [len(g.x) for g in graphs])),
-            "label": torch.from_numpy(np.concatenate([g.label for g in graphs])),
-            "mask": torch.from_numpy(np.concatenate([g.mask for g in graphs])),
         }
 
 
