@@ -9,6 +9,7 @@ calls the residual f(z) - z and stops on its norm, absolute or relative to ||f(z
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,6 +42,7 @@ class Point(NamedTuple):
     best: Tensor  # value the sample would return if it ended now
     best_residual: Tensor  # (B,)
     running: Tensor  # (B,) bool: False for samples that have ended and only wait for the others
+    lost: Tensor | None  # (B,) bool: samples to be sent back to their best state; None: known to be none
 
 
 class Problem:
@@ -63,7 +65,9 @@ class Problem:
 
     def jvp(self, z: Tensor, v: Tensor) -> Tensor:
         """J(z) v by forward-mode differentiation, (B, D). Counts as one call."""
-        return torch.func.jvp(self, (z,), (v,))[1]
+        with warnings.catch_warnings():  # torch's own forward rules use a deprecated compiler
+            warnings.simplefilter("ignore", FutureWarning)
+            return torch.func.jvp(self, (z,), (v,))[1]
 
     def take(self, rows: Tensor) -> None:
         self.args = take_rows(self.args, rows)
@@ -245,7 +249,6 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
     trace, snapshots, points = [], [], []
     lead = 0 if solver.returns_image else 1  # a point is measured one evaluation after the step that made it
     last = solver.max_iter + lead if batch and solver.max_iter else 0
-    frozen = False
 
     for number in range(1, last + 1):
         fz = problem(z)
@@ -257,40 +260,47 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
         residual = measure[1] if relative or never else measure[0]
         before = best_measure[1] if relative or never else best_measure[0]
         better = torch.isfinite(residual) if never else residual < before
-        best = torch.where(better[:, None], solver.finish(z, fz, gz), best)
-        best_measure = torch.where(better, measure, best_measure)
-        evaluations += running
+        lost = solver.lost(residual, torch.minimum(residual, before))
+        if not never:
+            ended, failed = solver.terminate(state, residual)
+            converged, stopping = converged | (ended & running), running & (ended | failed)
+            evaluations += running
+            running = running & ~stopping
+        else:
+            evaluations += 1
+        left = None
+        if not (never or static or number % check_every):  # the one synchronisation
+            counts = torch.stack([running, better] if lost is None else [running, better, lost]).sum(1).tolist()
+            left, all_better = counts[0], counts[1] == len(running)
+            lost = lost if lost is not None and counts[2] else None
+        else:
+            all_better = False
+        image = solver.finish(z, fz, gz)
+        if all_better:
+            best, best_measure = image, measure
+        else:
+            best = torch.where(better[:, None], image, best)
+            best_measure = torch.where(better, measure, best_measure)
         trace.append((index, measure))
         if trajectory:
             points.append((index, z))
         if number - lead in states_at:
             snapshots.append((number - lead, index, best))
-        if not never:
-            ended, failed = solver.terminate(state, residual)
-            converged = converged | (ended & running)
-            running = running & ~ended & ~failed
-            if not static and number % check_every == 0:
-                left = int(running.sum())
-                if left == 0:
-                    break
-                frozen = left < len(running)
-                if compact and left <= LEAVE_BELOW * len(running):
-                    parts = (best, best_measure.T, evaluations, converged, state.get("extra"))
-                    whole = _write_back(whole, index, parts)
-                    keep = running.nonzero().squeeze(1)
-                    index = keep if index is None else index[keep]
-                    z, fz, gz, best, evaluations, converged, running, residual, state = take_rows(
-                        (z, fz, gz, best, evaluations, converged, running, residual, state), keep
-                    )
-                    best_measure = best_measure.index_select(1, keep)
-                    problem.take(keep)
-                    frozen = False
-            elif not static:
-                frozen = True  # unknown until the next look
-        if number == last:
+        if left == 0 or number == last:
             break
+        frozen = not never and not static and (left is None or left < len(running))
+        if compact and left is not None and left <= LEAVE_BELOW * len(running):
+            whole = _write_back(whole, index, (best, best_measure.T, evaluations, converged, state.get("extra")))
+            keep = running.nonzero().squeeze(1)
+            index = keep if index is None else index[keep]
+            z, fz, gz, best, evaluations, converged, running, residual, lost, state = take_rows(
+                (z, fz, gz, best, evaluations, converged, running, residual, lost, state), keep
+            )
+            best_measure = best_measure.index_select(1, keep)
+            problem.take(keep)
+            frozen = False
         before = best_measure[1] if relative or never else best_measure[0]
-        moved = solver.step(problem, state, number, Point(z, fz, gz, residual, best, before, running))
+        moved = solver.step(problem, state, number, Point(z, fz, gz, residual, best, before, running, lost))
         z = torch.where(running[:, None], moved, z) if frozen else moved
 
     parts = (best, best_measure.T, evaluations, converged, state.get("extra"))

@@ -59,6 +59,13 @@ class Solver(ABC):
         """(converged, failed), (B,) bool each."""
         return residual <= self.tol, ~torch.isfinite(residual)
 
+    def lost(self, residual: Tensor, best: Tensor) -> Tensor | None:
+        """(B,) bool: samples that must go back to their best state; None for solvers that never send one back.
+
+        residual, best  (B,) of this point, and the smallest so far with this one
+        """
+        return None
+
     def finish(self, z: Tensor, fz: Tensor, gz: Tensor) -> Tensor:
         """The answer of a sample that ends with this measured point."""
         return fz if self.returns_image else z
@@ -100,9 +107,9 @@ class Anderson(Solver):
                three newest stay, of the others that goes whose loss raises the mixed residual least. (Dropping the
                oldest, as is usual, needs 89 instead of 72 steps on a random map of spectral radius .95, and 113
                instead of 46 on a symmetric one of .99: python -m tools.bench deq.)
-    ridge      added to the diagonal of the Gram matrix of the residuals scaled to unit norm, so relative to its
-               trace and effective at every scale (TorchDEQ adds an absolute 1e-4, which switches the acceleration off
-               near convergence: sheet, pitfall 4)
+    ridge      added to the diagonal of the Gram matrix of the residuals scaled to unit norm, so relative to its trace
+               at every scale; None: the rounding unit of the state's type. (TorchDEQ adds an absolute 1e-4, which
+               switches the acceleration off near convergence: sheet, pitfall 4.)
     safeguard  a sample whose residual exceeds its best by this factor, or is not finite, goes back to its best state,
                forgets its history; after RESTARTS of those a non-finite residual ends it
 
@@ -111,7 +118,7 @@ class Anderson(Solver):
 
     m: int = 6
     tau: float = 1.0
-    ridge: float = 1e-10
+    ridge: float | None = None
     safeguard: float = 10.0
 
     RECENT = 3  # newest points that are never forgotten; with fewer, a symmetric map loses its three-term recurrence
@@ -122,8 +129,8 @@ class Anderson(Solver):
         _check_tau(self.tau)
         if self.m < 1:
             raise UserError(f"solver.m must be >= 1, got {self.m}. 6 is usual; 1 is plain iteration.")
-        if self.ridge < 0:
-            raise UserError(f"solver.ridge must be >= 0, got {self.ridge}. 1e-10 is the default.")
+        if self.ridge is not None and self.ridge < 0:
+            raise UserError(f"solver.ridge must be >= 0 or null, got {self.ridge}. null is the rounding unit.")
         if not self.safeguard > 1:
             raise UserError(
                 f"solver.safeguard must be > 1, got {self.safeguard}. 10 is the default, inf switches it off."
@@ -142,55 +149,58 @@ class Anderson(Solver):
         }
 
     def step(self, problem, state, number, point):
-        lost = ~(point.residual <= self.safeguard * point.best_residual)
         used = min(number, self.m)
         images, residuals = state["images"][:, :used], state["residuals"][:, :used]
         valid, gram, born = state["valid"][:, :used], state["gram"][:, :used, :used], state["born"][:, :used]
-        if number <= self.m:  # nothing to forget yet: the same slot for everyone
-            slot = number - 1
+        slot = number - 1  # nothing to forget yet: the same for every sample
+        if number <= self.m:
             images[:, slot], residuals[:, slot], valid[:, slot], born[:, slot] = point.fz, point.gz, 1.0, number
-            row = torch.bmm(residuals, point.gz.unsqueeze(2)).squeeze(2).double() * valid
-            gram[:, slot], gram[:, :, slot] = row, row
         else:
             slot = state["slot"]
             rows = torch.arange(len(slot), device=slot.device)
             images[rows, slot], residuals[rows, slot] = point.fz, point.gz
             valid[rows, slot], born[rows, slot] = 1.0, number
-            row = torch.bmm(residuals, point.gz.unsqueeze(2)).squeeze(2).double() * valid
-            gram[rows, slot], gram[rows, :, slot] = row, row
+        products = torch.bmm(residuals, point.gz.unsqueeze(2)).squeeze(2).double() * valid
+        if number <= self.m:
+            gram[:, slot], gram[:, :, slot] = products, products
+        else:
+            gram[rows, slot], gram[rows, :, slot] = products, products
         if used == 1:
             mixed = self.finish(point.z, point.fz, point.gz)
         else:
-            weights, cost = self._weights(gram, valid)
-            state["slot"] = cost.masked_fill(born > number - self.RECENT, float("inf")).argmin(1)
-            weights = weights.to(point.z.dtype).unsqueeze(1)
+            weights, cost = self._weights(gram, valid, point.z.dtype)
+            if number >= self.m:
+                state["slot"] = cost.masked_fill(born > number - self.RECENT, float("inf")).argmin(1)
             mixed = torch.bmm(weights, images).squeeze(1)
             if self.tau != 1:
                 mixed = mixed - (1 - self.tau) * torch.bmm(weights, residuals).squeeze(1)
-        # a sample that got lost restarts: everything it remembers is masked out, its best state is the next point
-        valid.masked_fill_(lost[:, None], 0.0)
-        gram.copy_(torch.where(lost[:, None, None], torch.eye(used, dtype=gram.dtype, device=gram.device), gram))
-        state["restarts"] += lost
-        return torch.where(lost[:, None], point.best, mixed)
+        if point.lost is None:
+            return mixed
+        # everything a lost sample remembers is cleared: a zero weight would not hide what is not finite
+        state["restarts"] += point.lost
+        for name in ("images", "residuals", "valid"):
+            state[name][point.lost] = 0.0
+        state["gram"][point.lost] = torch.eye(self.m, dtype=gram.dtype, device=gram.device)
+        return torch.where(point.lost[:, None], point.best, mixed)
 
-    def _weights(self, gram: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixing weights a (B, n), 0 for masked entries, sum 1; and what forgetting each entry would cost (B, n).
+    def _weights(self, gram: Tensor, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mixing weights a (B, 1, n), 0 for masked entries, sum 1; and what forgetting each entry would cost (B, n).
 
         With P the inverse of the Gram matrix, a = P 1 / (1^T P 1); without entry j the least squared residual grows
         by a factor 1 / (1 - a_j^2 (1^T P 1) / P_jj), so a_j^2 / P_jj ranks the entries.
         """
         scale = torch.rsqrt(torch.diagonal(gram, dim1=1, dim2=2) + TINY)
-        scaled = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
-        scaled.diagonal(dim1=1, dim2=2).add_(self.ridge)
+        scaled = gram * (scale.unsqueeze(1) * scale.unsqueeze(2))
+        ridge = torch.finfo(dtype).eps if self.ridge is None else self.ridge
+        scaled.diagonal(dim1=1, dim2=2).add_(ridge)
         inverse = torch.linalg.inv_ex(scaled)[0]
-        right = valid * scale
-        raw = torch.bmm(inverse, right.unsqueeze(2)).squeeze(2)
-        cost = torch.where(valid > 0, raw * raw / torch.diagonal(inverse, dim1=1, dim2=2), 0.0)
+        raw = torch.bmm(inverse, (valid * scale).unsqueeze(2)).squeeze(2)
+        cost = raw * raw / torch.diagonal(inverse, dim1=1, dim2=2)
         raw = raw * scale
-        weights = raw / raw.sum(dim=1, keepdim=True)
-        mean = valid / valid.sum(dim=1, keepdim=True).clamp_min(1)  # singular: the mean of what is remembered
-        sound = torch.isfinite(weights).all(dim=1, keepdim=True)
-        return torch.where(sound, weights, mean), torch.nan_to_num(cost, nan=0.0)
+        return (raw / raw.sum(dim=1, keepdim=True)).to(dtype).unsqueeze(1), cost
+
+    def lost(self, residual, best):
+        return ~(residual <= self.safeguard * best)
 
     def terminate(self, state, residual):
         return residual <= self.tol, ~torch.isfinite(residual) & (state["restarts"] >= self.RESTARTS)
@@ -254,21 +264,26 @@ class Broyden(Solver):
         }
 
     def step(self, problem, state, number, point):
-        lost = ~(point.residual <= self.safeguard * point.best_residual)
-        update = point.gz
+        update, lost = point.gz, point.lost
         used = min(number - 1, self.pairs)
         if used:
             self._remember(state, (number - 2) % self.pairs, used, point.z, point.gz)
             inverse = state["inverse"][:, :used, :used]
             weights = torch.bmm(inverse, state["sg"][:, :used].unsqueeze(2)).to(update.dtype)
             update = update - torch.bmm(weights.transpose(1, 2), state["a"][:, :used]).squeeze(1)
-            broken = ~torch.isfinite(weights).all(dim=1)
-            update = torch.where(broken, point.gz, update)
-            inverse.masked_fill_((lost[:, None] | broken).unsqueeze(2), 0.0)
-        state["z"], state["g"], state["fresh"] = point.z, point.gz, lost
-        state["restarts"] += lost
+        state["z"], state["g"] = point.z, point.gz
+        state["fresh"] = torch.zeros_like(state["fresh"]) if lost is None else lost
         moved = search(problem, state, point, update, self.HALVINGS) if self.line_search else point.z + update
+        if lost is None:
+            return moved
+        # everything a lost sample remembers is cleared: a zero weight would not hide what is not finite
+        state["restarts"] += lost
+        for name in ("s", "a", "inverse", "sg"):
+            state[name][lost] = 0.0
         return torch.where(lost[:, None], point.best, moved)
+
+    def lost(self, residual, best):
+        return ~(residual <= self.safeguard * best)
 
     def _remember(self, state: dict[str, Tensor], slot: int, used: int, z: Tensor, g: Tensor) -> None:
         """Put the step that led to (z, g) into the history, in the place of the oldest pair when it is full."""
@@ -295,9 +310,10 @@ class Broyden(Solver):
         known[:, :, slot] = -right * over
         known[:, slot, :] = -left * over
         known[:, slot, slot] = over[:, 0]
-        state["s"][:, slot] = torch.where(sound[:, None], s, 0.0)
-        state["a"][:, slot] = torch.where(sound[:, None], s + y, 0.0)
-        now[:, slot] = torch.where(sound, (s * g).sum(1).double(), 0.0)
+        # an unsound pair has a zero row and column in M^-1, so what stands in its slot has no effect
+        state["s"][:, slot] = s
+        torch.add(s, y, out=state["a"][:, slot])
+        now[:, slot] = (s * g).sum(1)
         state["sg"][:, :used] = now
 
     def terminate(self, state, residual):
