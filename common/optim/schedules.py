@@ -58,19 +58,24 @@ class InverseSqrt:
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
-    """Half a cosine from 1 at the end of the warm-up to `final` at `total` (and `final` from then on)."""
+    """Half a cosine from 1 at `start` to `final` at `total` (and `final` from then on), times the warm-up.
+
+    start  None: the end of the warm-up
+    """
 
     total: float
     final: float = 0.0
     warmup: float = 0.0
     per_step: float = 1.0
+    start: float | None = None
 
     def __post_init__(self):
         _check(self, "per_step", "total")
 
     def __call__(self, step: int) -> float:
         n = step * self.per_step
-        done = min(max((n - self.warmup) / max(self.total - self.warmup, 1e-12), 0.0), 1.0)
+        start = self.warmup if self.start is None else self.start
+        done = min(max((n - start) / max(self.total - start, 1e-12), 0.0), 1.0)
         return ramp(n, self.warmup) * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done)))
 
 

@@ -30,6 +30,9 @@ def test_cosine_and_poly_ends():
     cosine, line = Cosine(total=100, warmup=20, final=0.1), Poly(total=100, final=0.5)
     assert cosine(0) == 0 and cosine(20) == 1 and cosine(60) == pytest.approx(0.55)
     assert cosine(100) == cosine(500) == pytest.approx(0.1)
+    early = Cosine(total=100, warmup=20, start=0)  # the cosine runs beneath the warm-up
+    assert early(20) == pytest.approx(0.5 * (1 + math.cos(math.pi / 5))) and early(50) == pytest.approx(0.5)
+    assert early(10) == pytest.approx(0.25 * (1 + math.cos(math.pi / 10))) and early(100) == pytest.approx(0)
     assert [line(s) for s in (0, 50, 100, 101)] == [1.0, 0.75, 0.5, 0.5]
     assert Poly(total=10, power=2)(5) == 0.25
 
