@@ -129,14 +129,11 @@ class ImageDataModule(pl.LightningDataModule):
         for first in range(0, len(images), batch_size):
             yield images.take(np.arange(first, min(first + batch_size, len(images))))
 
-    def eval_batches(self, split: str) -> Iterator[dict[str, Tensor]]:
-        """The split once, in stored order and as the class says (float images), each process its share.
-
-        Works with and without a trainer. Raises UserError for an unknown split.
+    def eval_batches(self, split: str) -> "Batches":
+        """The split once, in stored order, each process its share: batches of a loader, so that images are uint8 until
+        `on_after_batch_transfer`. Works with and without a trainer. Raises UserError for an unknown split.
         """
-        check_split(split, self.splits, self.name)
-        for batch in self._eval(split):
-            yield self.on_after_batch_transfer(batch, 0)
+        return self._eval(check_split(split, self.splits, self.name))
 
     # Lightning -------------------------------------------------------------------------------------------------------
 

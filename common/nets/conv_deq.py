@@ -37,7 +37,7 @@ class ConvDEQ(nn.Module):
         channels: int = 24,
         expansion: int = 1,
         groups: int = 8,
-        pool: int = 2,
+        pool: int = 4,
         norm: Callable[[nn.Module], object] | None = None,
     ):
         super().__init__()

@@ -109,15 +109,20 @@ class ImageClassification(EquilibriumModule):
         Below each stands the predicted class, and the true one after a bar where they differ. The names are the data
         module's `classes`, else the numbers.
         """
-        split = "test" if "test" in data.splits else "train"
-        images = data.images(split)
+        return [self._predictions(data, Path(folder) / "predictions.png", samples, seed)]
+
+    def preview(self, data, stem: Path, *, samples: int, seed: int) -> list[Path]:
+        """The same as one picture `<stem>.png`."""
+        return [self._predictions(data, stem.with_name(f"{stem.name}.png"), samples, seed)]
+
+    def _predictions(self, data, path: Path, samples: int, seed: int) -> Path:
+        images = data.images("test" if "test" in data.splits else "train")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         pixels, labels = images.take(order[:samples].numpy())
-        floats = to_unit_range(pixels.to(self.device))
-        logits = [self.net(self.normalised(part)) for part in floats.split(64)]
+        shown = to_unit_range(pixels.to(self.device))
+        logits = [self.net(self.normalised(part)) for part in shown.split(64)]
         names = data.classes or [str(number) for number in range(data.num_classes)]
-        guesses = torch.cat(logits).argmax(1).tolist()
-        return [write_predictions(Path(folder) / "predictions.png", pixels, guesses, labels.tolist(), names)]
+        return write_predictions(path, pixels, torch.cat(logits).argmax(1).tolist(), labels.tolist(), names)
 
 
 def write_predictions(

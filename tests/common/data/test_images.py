@@ -291,10 +291,11 @@ def test_eval_batches_walk_a_split_once_in_order():
     assert [len(batch["label"]) for batch in batches] == [200, 197]
     assert torch.cat([batch["position"] for batch in batches]).tolist() == list(range(397))
     pixels, labels = data.images("test").take(np.arange(397))
-    assert torch.equal(torch.cat([batch["image"] for batch in batches]), to_unit_range(pixels))
+    assert torch.equal(torch.cat([batch["image"] for batch in batches]), pixels)
     assert torch.equal(torch.cat([batch["label"] for batch in batches]), labels)
+    assert torch.equal(data.on_after_batch_transfer(batches[0], 0)["image"], to_unit_range(pixels[:200]))
     with pytest.raises(UserError, match=r"digits has no split 'tset'\. Closest: test"):
-        next(iter(data.eval_batches("tset")))
+        data.eval_batches("tset")
 
 
 def test_class_names_come_from_the_source():
