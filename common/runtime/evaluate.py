@@ -2,11 +2,11 @@
 
 import time
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from common.deq.regular import spectral_radius
 from common.errors import UserError, nearest
 from common.metrics.evaluate import Collected, GeneratorEvaluation
 from common.metrics.features import FeatureExtractor
@@ -209,7 +209,7 @@ class SplitEvaluation:
                     for name, (total, count) in module.evaluation_step(batch).items():
                         before = sums.get(name, (0, 0))
                         sums[name] = (before[0] + _number(total), before[1] + _number(count))
-                    extra |= _spectral_radius(module.net) if watched else {}
+                    extra |= _spectral_radius(module.net, module.device) if watched else {}
                 seen += next((len(leaf) for leaf in leaves(batch) if leaf.dim()), 1)
                 if share is not None and seen >= share:
                     break
@@ -291,20 +291,14 @@ def _keeping_last(net, wanted: bool):
             layer.keep_last, layer.last = False, None
 
 
-def _spectral_radius(net) -> dict[str, tuple]:
+def _spectral_radius(net, device: torch.device) -> dict[str, tuple]:
     """{spectral_radius: (sum over samples, samples)} of the maps just solved; empty without equilibria."""
-    from common.deq.regular import spectral_radius
-
     radii = []
     for layer in equilibria(net):
         if layer.last is not None:
             fn, z, args = layer.last
-            radii.append(spectral_radius(partial(_with_arguments, fn, args), z).reshape(-1).double())
+            radii.append(spectral_radius(fn, z, args, generator=torch.Generator(device).manual_seed(0)).double())
     return {"spectral_radius": (sum(r.sum() for r in radii), sum(len(r) for r in radii))} if radii else {}
-
-
-def _with_arguments(fn, args, z):
-    return fn(z, *(args or ()))
 
 
 def _number(value):

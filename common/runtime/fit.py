@@ -23,6 +23,7 @@ from common.runtime.logger import MetricsCSV
 from common.runtime.module import ResearchModule, evaluating
 from common.runtime.plan import micro_batch, world_size
 from common.runtime.report import comparison_table, environment, plot_curves, show, write_result
+from common.runtime.solver_health import equilibria
 from common.runtime.speed import apply_speed
 from common.runtime.weights import find_init, initialise, trained_weights
 from common.weights.export import export
@@ -168,7 +169,8 @@ def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
                     return module.preview(run.data, stem, samples=count, seed=cfg.sample.seed)
 
             callback.draw = draw
-        if isinstance(callback, Throughput) and (callback.peak_tflops or torch.cuda.is_available()):
+        known = not equilibria(module.net)  # a solver that stops early costs less than the plan: no utilisation then
+        if isinstance(callback, Throughput) and known and (callback.peak_tflops or torch.cuda.is_available()):
             from common.runtime.plan import make_plan
 
             callback.flops_per_step = make_plan(cfg).flops_per_step

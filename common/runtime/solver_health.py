@@ -7,14 +7,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from common.deq.layer import DEQ
 from common.runtime.logger import MetricsCSV
 from common.runtime.report import COLOURS, read_curves, running_mean, save_figure, wide
 
 
-def equilibria(net: nn.Module) -> list[nn.Module]:
+def equilibria(net: nn.Module) -> list[DEQ]:
     """The equilibrium layers of a network, in order."""
-    from common.deq.layer import DEQ
-
     return [part for part in net.modules() if isinstance(part, DEQ)]
 
 
@@ -38,7 +37,7 @@ class SolverTotals:
         for hook in self._hooks:
             hook.remove()
 
-    def _add(self, layer: nn.Module, inputs, states) -> None:
+    def _add(self, layer: DEQ, inputs, states) -> None:
         for name, values in per_sample(layer.solution).items():
             total, count = self.sums.get(name, (0, 0))
             self.sums[name] = (total + values.double().sum(), count + len(values))
@@ -49,12 +48,21 @@ def per_sample(solution) -> dict[str, Tensor]:
     return {"nfe": solution.evaluations, "residual": solution.residual_rel, "converged": solution.converged}
 
 
+def _interval(trainer: Trainer) -> int:
+    return max(trainer.log_every_n_steps, 1)
+
+
+def _means(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name].float() for part in parts]).mean() for name in parts[0]}
+
+
 class SolverHealth(Callback):
     """Logs `train/nfe`, `train/residual`, `train/converged` and draws `<folder>/solver.png` when training ends.
 
     nfe        evaluations of the map per sample in the training forward, mean over the batch
     residual   relative residual ||f(z) - z|| / ||f(z)|| of the states returned, mean over the batch
     converged  share of the samples that reached the solver's tolerance, 0..1
+    backward_nfe, backward_residual   the same of the backward solve, for gradient rules that have one
     The picture: residual against solver step of the last logged batch (median and range over its samples), how many
     steps the samples of all logged batches took, and nfe and spectral radius over training where they were logged.
 
@@ -65,7 +73,7 @@ class SolverHealth(Callback):
 
     def __init__(self, *, folder: str):
         self.folder = Path(folder)
-        self._layers: list[nn.Module] = []
+        self._layers: list[DEQ] = []
         self._seen: list = []  # Solutions of the training forward under way
         self._done = -1
         self.steps: dict[int, int] = {}  # solver steps -> samples
@@ -79,17 +87,20 @@ class SolverHealth(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         # now, because an evaluation between two steps solves with the same layers
-        if self._layers and (trainer.global_step + 1) % max(trainer.log_every_n_steps, 1) == 0:
+        if self._layers and (trainer.global_step + 1) % _interval(trainer) == 0:
             self._seen = [layer.solution for layer in self._layers if layer.solution is not None]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         solutions, step = self._seen, trainer.global_step
-        if not solutions or step == self._done:  # the second: inside gradient accumulation
+        if not solutions or step % _interval(trainer) or step == self._done:  # the others: inside an accumulated step
             return
         self._done, self._seen = step, []
         parts = [per_sample(solution) for solution in solutions]
-        means = {name: torch.cat([part[name].float() for part in parts]).mean() for name in parts[0]}
-        pl_module.log_dict({f"train/{name}": value for name, value in means.items()})
+        pl_module.log_dict({f"train/{name}": mean for name, mean in _means(parts).items()})
+        reports = [layer.grad.report for layer in self._layers if getattr(layer.grad, "report", None) is not None]
+        if reports:
+            backward = _means([per_sample(report) for report in reports])
+            pl_module.log_dict({f"train/backward_{name}": backward[name] for name in ("nfe", "residual")})
         if trainer.is_global_zero:
             for steps in torch.cat([solution.steps for solution in solutions]).tolist():
                 self.steps[steps] = self.steps.get(steps, 0) + 1

@@ -24,7 +24,7 @@ from common.weights.load import load_into, load_tensors
 FORMAT = "onestep-export-1"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # An export may come from elsewhere: only networks and samplers, nothing that reads, writes or downloads.
-EXPORT_TARGETS = ("common.nets.", "common.diffusion.", "projects.", "torch.nn.")
+EXPORT_TARGETS = ("common.nets.", "common.deq.", "common.diffusion.", "projects.", "torch.nn.")
 
 
 def export(

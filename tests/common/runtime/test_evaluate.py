@@ -8,7 +8,7 @@ import torch
 from common.diffusion.sample import Multistep
 from common.errors import UserError
 from common.metrics.features import Pixels
-from common.runtime import fit, test
+from common.runtime import evaluate, fit, test
 from common.runtime.checkpoint import list_checkpoints
 from common.runtime.evaluate import Evaluation
 from common.runtime.fit import assemble
@@ -121,3 +121,93 @@ def test_the_weights_are_put_back_after_a_point_of_the_curve(composed, tmp_path)
         assert torch.equal(tensor, two["state_dict"][name]), name
     for name, tensor in one["averages"]["ema"].items():
         assert torch.equal(tensor, two["averages"]["ema"][name]), name
+
+
+# Over a split of the data ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def split(toy_config, tmp_path):
+    """split(*overrides) -> assembled run of the toy task."""
+    return lambda *words: assemble(toy_config(tmp_path / "run", *words), training=False, measuring=True)
+
+
+def test_means_over_the_split_finalised_with_solver_statistics(split, toy):
+    run = split()
+    found = run.evaluation.run(run.module, run.data)
+    assert list(found) == ["loss", "error", "nfe", "residual", "converged"]
+    batch = run.data.sample(10**6 + 1, 50)
+    logits = run.module.predict(batch)
+    loss = torch.nn.functional.cross_entropy(logits, batch["label"])
+    assert found["loss"].value == pytest.approx(float(loss), rel=1e-4)
+    assert found["error"].value == pytest.approx(100 * float((logits.argmax(1) != batch["label"]).float().mean()))
+    assert {record.samples for record in found.values()} == {50}
+    assert (found["nfe"].reference, found["nfe"].reference_hash) == ("Data/test", "none")
+    assert 1 < found["nfe"].value < 50 and found["residual"].value <= 1e-3 and found["converged"].value == 1.0
+    assert run.data.was_set_up == ["test"] and run.evaluation.floor(run.data) == {}
+
+
+def test_samples_limit_the_batches(split):
+    run = split("evaluate.samples=21", "evaluate.curve_samples=5", "evaluate.curve_split=train")
+    assert run.evaluation.run(run.module, run.data)["loss"].samples == 40, "whole batches of 20"
+    point = run.evaluation.curve(run.module, run.data)
+    assert point["loss"].samples == 20 and point["loss"].reference == "Data/train"
+
+
+def test_times_and_spectral_radius_are_asked_for(split):
+    run = split("evaluate.timed_steps=2", "evaluate.spectral_radius=true")
+    found = run.evaluation.run(run.module, run.data)
+    assert list(found)[-4:] == ["spectral_radius", "forward_s", "backward_s", "step_s"]
+    assert found["step_s"].value > found["forward_s"].value > 0 and found["step_s"].samples == 2
+    assert 0 < found["spectral_radius"].value < 0.9 and found["spectral_radius"].samples == 20
+    assert run.module.net.deq.last is None and not run.module.net.deq.keep_last
+    again = run.evaluation.run(run.module, run.data)
+    assert again["spectral_radius"].value == found["spectral_radius"].value and again["loss"] == found["loss"]
+    assert "forward_s" not in run.evaluation.curve(run.module, run.data)
+
+
+def test_an_evaluation_leaves_the_module_in_its_mode(split):
+    run = split()
+    run.module.train()
+    run.module.net.drop.eval()
+    run.evaluation.run(run.module, run.data)
+    assert run.module.training and not run.module.net.drop.training and run.module.net.calls == 0
+
+
+@pytest.mark.parametrize(("word", "message"), [
+    ("evaluate.samples=0", r"evaluate.samples must be >= 1 or null, got 0"),
+    ("evaluate.timed_steps=-1", r"evaluate.timed_steps must be >= 0, got -1"),
+    ("evaluate.split=tset", r"evaluate.split=tset is no split of the data. Closest: test"),
+    ("evaluate.curve_split=val", r"evaluate.curve_split=val is no split of the data. .*Splits: train, test"),
+])  # fmt: skip
+def test_a_split_evaluation_that_cannot_be(word, message, split):
+    with pytest.raises(Exception, match=message):
+        split(word)
+
+
+def test_the_wrong_evaluation_for_a_module_is_refused_before_training(composed, toy, toy_config, tmp_path):
+    with pytest.raises(UserError, match=r"evaluate=split needs Edm.evaluation_step, which it has not"):
+        images = composed(tmp_path / "run")
+        assemble(toy_config(tmp_path / "run", project=images.project, data=images.data), training=True, measuring=True)
+    generator = composed(tmp_path / "run", *MEASURED).evaluate
+    with pytest.raises(UserError, match=r"evaluate measures generated images, but Task makes none"):
+        assemble(toy_config(tmp_path / "run", evaluate=generator), training=True, measuring=True)
+
+
+def test_an_empty_split_is_one_sentence(split, monkeypatch):
+    run = split()
+    monkeypatch.setattr(type(run.data), "eval_batches", lambda self, split: iter(()))
+    with pytest.raises(UserError, match="The split test of the data is empty"):
+        run.evaluation.run(run.module, run.data)
+
+
+def test_ranks_add_up(monkeypatch):
+    """Two ranks with unequal shares, the second without solver statistics."""
+    shares = [{"loss": (6.0, 2.0), "nfe": (8.0, 2.0)}, {"loss": (1.0, 5.0)}]
+    monkeypatch.setattr(evaluate, "_rank", lambda: (0, 2))
+
+    def gather(into, own):
+        into[:] = shares
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather, raising=False)
+    assert evaluate._add_up(shares[0]) == {"loss": (7.0, 7.0), "nfe": (8.0, 2.0)}
