@@ -173,9 +173,6 @@ class TextDataModule(pl.LightningDataModule):
                 "bytes": lengths[known].masked_fill(targets == IGNORED, 0),
             }
 
-    def val_dataloader(self) -> list:
-        return []
-
     # Where the run stands ---------------------------------------------------------------------------------------------
 
     @property

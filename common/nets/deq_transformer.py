@@ -138,9 +138,9 @@ class TransformerCell(nn.Module):
             for _ in range(blocks)
         )
 
-    def past(self, memory: Memory) -> Tensor:
-        """(B, blocks, M, H, 2, Dh): every block's keys and values of the memory."""
-        return torch.stack([attention.past(memory) for attention in self.attention], dim=1)
+    def past(self, memory: Memory) -> tuple[Tensor, ...]:
+        """(B, M, H, 2, Dh) per block: its keys and values of the memory."""
+        return tuple(attention.past(memory) for attention in self.attention)
 
     def masks(self, z: Tensor, keys: int) -> tuple:
         """Dropout masks of one solve per block; they travel among the solver's args, so that rows may leave."""
@@ -149,10 +149,10 @@ class TransformerCell(nn.Module):
             for attention, feed_forward in zip(self.attention, self.feed_forward)
         )
 
-    def forward(self, z: Tensor, u: Tensor, past: Tensor, masks: tuple, positions: Tensor, causal: Tensor) -> Tensor:
+    def forward(self, z: Tensor, u: Tensor, past: tuple, masks: tuple, positions: Tensor, causal: Tensor) -> Tensor:
         """z (B, T, D) -> (B, T, D); u (B, T, 3 H Dh), past and masks as made above, the rest as in the attention."""
         for block, (attention, feed_forward) in enumerate(zip(self.attention, self.feed_forward)):
-            z = attention(z, u, past[:, block], masks[block][0], positions, causal)
+            z = attention(z, u, past[block], masks[block][0], positions, causal)
             z = feed_forward(z, masks[block][1])
         return z
 
@@ -268,7 +268,7 @@ class DEQTransformer(nn.Module):
         positions = self.position_drop(self.positions(past_length + queries))
         causal = torch.ones(queries, past_length + queries, dtype=torch.bool, device=tokens.device).tril(past_length)
 
-        def cell(z: Tensor, u: Tensor, past: Tensor, masks: tuple) -> Tensor:
+        def cell(z: Tensor, u: Tensor, past: tuple, masks: tuple) -> Tensor:
             return self.cell(z, u, past, masks, positions, causal)
 
         start = self.injection.weight.new_zeros(*tokens.shape, self.width)  # not half, whatever the autocast

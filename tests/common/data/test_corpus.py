@@ -26,8 +26,8 @@ def words(tmp_path):
     return made
 
 
-def plain(folder, content=TEXT.encode(), **options):
-    (folder / "text.txt").write_bytes(content)
+def plain(folder, content=None, **options):
+    (folder / "text.txt").write_bytes(TEXT.encode() if content is None else content)
     return PlainText(root=str(folder), files=["text.txt"], **options)
 
 
@@ -118,7 +118,7 @@ def test_refusals(tmp_path):
         plain(tmp_path, unit="bytes")
     with pytest.raises(UserError, match="held_out must lie in"):
         plain(tmp_path, held_out=1.0)
-    with pytest.raises(UserError, match="has no split 'tset'. Closest: test"):
+    with pytest.raises(UserError, match=r"has no split 'tset'\. Closest: test"):
         plain(tmp_path).load("tset")
 
 

@@ -168,7 +168,7 @@ def test_bad_numbers(options, text):
 
 
 def test_refusals():
-    with pytest.raises(UserError, match="256 different tokens, the run is set up for 300. Set data.vocabulary=256"):
+    with pytest.raises(UserError, match=r"256 different tokens, the run is set up for 300. Set data.vocabulary=256"):
         module(vocabulary=300).tokens("train")
     with pytest.raises(UserError, match="has 4 tokens, fewer than 5 for 4 streams"):
         module(source=Counting(4)).train_dataloader()
