@@ -8,6 +8,7 @@ measured in a process of its own. Nothing here is asserted: the tables are for r
     add_arguments(parser)        options of this benchmark
     variants(options) -> [name]  the baseline first
     cases(options) -> [case]     strings; every variant is timed in every case
+    variants_of(case, options)   optional: the variants of one case, its own baseline first
     make(variant, options)       -> step(case, repeat) -> {column: number}; equal (case, repeat) = equal random draws
 """
 
@@ -152,11 +153,22 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
     report.save_figure(figure, path)
 
 
+def tables(name: str, rows: Sequence[Mapping]) -> list[tuple[str, list[dict]]]:
+    """(title, rows): one table, or one per case where the cases have columns of their own."""
+    cases = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(dict(row))
+    if len({(tuple(row), part[0]["variant"]) for part in cases.values() for row in part}) == 1:
+        return [(f"{name}: ratios to '{rows[0]['variant']}'", [dict(row) for row in rows])]
+    return [(f"{name}: ratios to '{part[0]['variant']}'", part) for part in cases.values()]
+
+
 def run(name: str, benchmark: ModuleType, options: argparse.Namespace, arguments: Sequence[str]) -> list[dict]:
     """Measure, print and write; returns the rows of the table."""
     import torch
 
     variants, cases = benchmark.variants(options), benchmark.cases(options)
+    variants_of = getattr(benchmark, "variants_of", lambda case, options: variants)
     say = (lambda *_, **__: None) if options.quiet else print
     load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     facts = report.environment()
@@ -166,7 +178,7 @@ def run(name: str, benchmark: ModuleType, options: argparse.Namespace, arguments
     memory = {}
     if not options.no_memory:
         for case in cases:
-            for variant in variants:
+            for variant in variants_of(case, options):
                 memory[variant, case] = memory_of(arguments, variant, case)
                 say(f"memory, {case}, {variant}: {memory[variant, case]:.0f} MiB", flush=True)
     steps = {variant: benchmark.make(variant, options) for variant in variants}
@@ -175,12 +187,14 @@ def run(name: str, benchmark: ModuleType, options: argparse.Namespace, arguments
         torch.set_num_threads(threads)
         for case in cases:
             say(f"{case}, {threads} thread{'s' * (threads > 1)}", flush=True)
-            records = interleave(steps, case, options.repeats, say)
+            chosen = {variant: steps[variant] for variant in variants_of(case, options)}
+            records = interleave(chosen, case, options.repeats, say)
             raw.append({"case": case, "threads": threads, "records": records})
             rows += [{"case": case, "threads": threads, **row,
                       **({} if options.no_memory else {"peak MiB": round(memory[row["variant"], case])})}
                      for row in summarise(records)]
-    report.print_table(f"{name}: ratios to '{variants[0]}'", rows)
+    for title, part in tables(name, rows):
+        report.print_table(title, part)
     out = Path(options.out)
     written = report.write_table(out, name, rows)
     plot(rows, out / f"{name}.png")

@@ -40,7 +40,6 @@ class Point(NamedTuple):
     gz: Tensor  # fn(z) - z
     residual: Tensor  # (B,) in the solver's stop mode
     best: Tensor  # value the sample would return if it ended now
-    best_residual: Tensor  # (B,)
     running: Tensor  # (B,) bool: False for samples that have ended and only wait for the others
     lost: Tensor | None  # (B,) bool: samples to be sent back to their best state; None: known to be none
 
@@ -88,7 +87,7 @@ class Solution:
     states        list of states at the positions asked for
     trajectory    list of the points fn was evaluated at (opt-in), else None
     stop, tol     of the solver
-    trace         [(rows or None, (2, B') abs and rel residual)] per evaluation; see `residual_trace`
+    trace         [(rows or None, abs, rel residual of those)] per evaluation; see `residual_trace`
     backward      Solution of the last backward solve, set by gradient rules that have one
     """
 
@@ -105,7 +104,7 @@ class Solution:
     max_iter: int
     states: list[State] = field(default_factory=list)
     trajectory: list[State] | None = None
-    trace: list[tuple[Tensor | None, Tensor]] = field(default_factory=list)
+    trace: list[tuple[Tensor | None, Tensor, Tensor]] = field(default_factory=list)
     solver_state: dict | None = None
     backward: Solution | None = None
 
@@ -119,9 +118,9 @@ class Solution:
         """Absolute and relative residual after each evaluation, (B, N) each; who left keeps the last value."""
         rows = len(self.steps)
         filled = [torch.full((2, rows), float("nan"), dtype=self.residual_abs.dtype, device=self.steps.device)]
-        for index, measured in self.trace:
-            row = filled[-1]
-            filled.append(measured if index is None else row.index_copy(1, index, measured))
+        for index, absolute, relative in self.trace:
+            measured = torch.stack([absolute, relative])
+            filled.append(measured if index is None else filled[-1].index_copy(1, index, measured))
         if len(filled) == 1:
             empty = self.residual_abs.new_empty(rows, 0)
             return empty, empty
@@ -237,76 +236,70 @@ def _check(z: Tensor, args, states_at, check_every: int, solver: Solver, static:
 
 
 def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, compact) -> Solution:
-    batch = len(z)
-    device, relative, never = z.device, solver.stop == "rel", solver.stop == "never"
-    best, best_measure = z, z.new_full((2, batch), float("inf"))
-    evaluations = torch.zeros(batch, dtype=torch.int64, device=device)
+    batch, device = len(z), z.device
+    by_size, never = solver.stop != "abs", solver.stop == "never"
+    best, best_abs = z, z.new_full((batch,), float("inf"))
+    best_rel = best_abs
+    evaluations = torch.zeros(batch, dtype=torch.int64, device=device)  # of the samples that have ended
     converged = torch.zeros(batch, dtype=torch.bool, device=device)
     running = ~converged
     index = None  # rows of the whole batch still here; None: all
-    whole = None  # (best, measure, evaluations, converged, extra) of the whole batch once rows have left
+    whole = None  # the parts (see below) of the whole batch, once rows have left it
     state = solver.init(z)
     trace, snapshots, points = [], [], []
     lead = 0 if solver.returns_image else 1  # a point is measured one evaluation after the step that made it
     last = solver.max_iter + lead if batch and solver.max_iter else 0
+    number, frozen, left = 0, False, batch  # frozen: some rows have ended and wait
 
     for number in range(1, last + 1):
         fz = problem(z)
         gz = fz - z
-        absolute = torch.linalg.vector_norm(gz, dim=1)
-        size = torch.linalg.vector_norm(fz, dim=1)
-        # a size that overflows must not look like a residual of 0
-        measure = torch.stack([absolute, torch.where(size < float("inf"), absolute / (size + EPS), float("inf"))])
-        residual = measure[1] if relative or never else measure[0]
-        before = best_measure[1] if relative or never else best_measure[0]
-        better = torch.isfinite(residual) if never else residual < before
-        lost = solver.lost(residual, torch.minimum(residual, before))
-        if not never:
-            ended, failed = solver.terminate(state, residual)
-            converged, stopping = converged | (ended & running), running & (ended | failed)
-            evaluations += running
-            running = running & ~stopping
-        else:
-            evaluations += 1
-        left = None
-        if not (never or static or number % check_every):  # the one synchronisation
-            counts = torch.stack([running, better] if lost is None else [running, better, lost]).sum(1).tolist()
-            left, all_better = counts[0], counts[1] == len(running)
-            lost = lost if lost is not None and counts[2] else None
-        else:
-            all_better = False
+        absolute, relative = _measure(fz, gz)
+        residual, before = (relative, best_rel) if by_size else (absolute, best_abs)
         image = solver.finish(z, fz, gz)
-        if all_better:
-            best, best_measure = image, measure
+        better = torch.isfinite(residual) if never else residual < before
+        looks = not (never or static or number % check_every)
+        lost = None
+        if looks and not frozen and bool((better & (residual > solver.tol)).all()):
+            best, best_abs, best_rel = image, absolute, relative  # the usual step: everybody improves and goes on
         else:
             best = torch.where(better[:, None], image, best)
-            best_measure = torch.where(better, measure, best_measure)
-        trace.append((index, measure))
+            best_abs = torch.where(better, absolute, best_abs)
+            best_rel = torch.where(better, relative, best_rel)
+            if not (never or static):
+                ended, failed = solver.terminate(state, residual)
+                stopping = running & (ended | failed)
+                converged = converged | (ended & running)
+                evaluations = torch.where(stopping, number, evaluations)
+                running = running & ~stopping
+                lost, frozen = solver.lost(residual, before), True
+            if looks:
+                left, astray = torch.stack([running, running if lost is None else lost & running]).sum(1).tolist()
+                lost, frozen = lost if lost is not None and astray else None, left < len(running)
+        trace.append((index, absolute, relative))
         if trajectory:
             points.append((index, z))
         if number - lead in states_at:
             snapshots.append((number - lead, index, best))
         if left == 0 or number == last:
             break
-        frozen = not never and not static and (left is None or left < len(running))
-        if compact and left is not None and left <= LEAVE_BELOW * len(running):
-            whole = _write_back(whole, index, (best, best_measure.T, evaluations, converged, state.get("extra")))
+        if compact and frozen and looks and left <= LEAVE_BELOW * len(running):
+            whole = _write_back(whole, index, (best, best_abs, best_rel, evaluations, converged, state.get("extra")))
             keep = running.nonzero().squeeze(1)
             index = keep if index is None else index[keep]
-            z, fz, gz, best, evaluations, converged, running, residual, lost, state = take_rows(
-                (z, fz, gz, best, evaluations, converged, running, residual, lost, state), keep
+            z, fz, gz, best, best_abs, best_rel, residual, evaluations, converged, running, lost, state = take_rows(
+                (z, fz, gz, best, best_abs, best_rel, residual, evaluations, converged, running, lost, state), keep
             )
-            best_measure = best_measure.index_select(1, keep)
             problem.take(keep)
             frozen = False
-        before = best_measure[1] if relative or never else best_measure[0]
-        moved = solver.step(problem, state, number, Point(z, fz, gz, residual, best, before, running, lost))
+        moved = solver.step(problem, state, number, Point(z, fz, gz, residual, best, running, lost))
         z = torch.where(running[:, None], moved, z) if frozen else moved
 
-    parts = (best, best_measure.T, evaluations, converged, state.get("extra"))
-    best, measured, evaluations, converged, extra = _write_back(whole, index, parts)
+    evaluations = torch.where(running, number, evaluations)
+    parts = (best, best_abs, best_rel, evaluations, converged, state.get("extra"))
+    best, best_abs, best_rel, evaluations, converged, extra = _write_back(whole, index, parts)
     if never and batch:
-        converged = measured[:, 1] <= solver.tol
+        converged = best_rel <= solver.tol
     layout = problem.layout
     spread = lambda rows, part: part if rows is None else best.index_copy(0, rows, part)
     states = {position: layout.unpack(spread(rows, part)) for position, rows, part in snapshots}
@@ -314,8 +307,8 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
     return Solution(
         z=z_best,
         converged=converged,
-        residual_abs=measured[:, 0],
-        residual_rel=measured[:, 1],
+        residual_abs=best_abs,
+        residual_rel=best_rel,
         steps=(evaluations - lead).clamp_(min=0),
         evaluations=evaluations if extra is None else evaluations + extra,
         calls=problem.calls,
@@ -328,6 +321,14 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
         trace=trace,
         solver_state=state,
     )
+
+
+def _measure(fz: Tensor, gz: Tensor) -> tuple[Tensor, Tensor]:
+    """Absolute and relative residual, (B,) each."""
+    absolute = torch.linalg.vector_norm(gz, dim=1)
+    size = torch.linalg.vector_norm(fz, dim=1)
+    # 0 * size is not a number where the norm overflows, which must not look like a residual of 0
+    return absolute, torch.add(absolute / (size + EPS), size, alpha=0)
 
 
 def _write_back(whole, index: Tensor | None, parts: tuple) -> tuple:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.deq.krylov import gmres
+from common.deq.krylov import combine, dots, gmres
 from common.errors import UserError, nearest
 
 STOPS = ("rel", "abs", "never")
@@ -56,13 +56,13 @@ class Solver(ABC):
         """The next point (B, D) after evaluation `number` (from 1) at `point` (`common.deq.solve.Point`)."""
 
     def terminate(self, state: dict[str, Tensor], residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(converged, failed), (B,) bool each."""
+        """(converged, failed), (B,) bool each. Asked unless every residual is above tol and smaller than before."""
         return residual <= self.tol, ~torch.isfinite(residual)
 
     def lost(self, residual: Tensor, best: Tensor) -> Tensor | None:
         """(B,) bool: samples that must go back to their best state; None for solvers that never send one back.
 
-        residual, best  (B,) of this point, and the smallest so far with this one
+        residual, best  (B,) of this point, and the smallest before it (inf at first)
         """
         return None
 
@@ -107,8 +107,8 @@ class Anderson(Solver):
                three newest stay, of the others that goes whose loss raises the mixed residual least. (Dropping the
                oldest, as is usual, needs 89 instead of 72 steps on a random map of spectral radius .95, and 113
                instead of 46 on a symmetric one of .99: python -m tools.bench deq.)
-    ridge      added to the diagonal of the Gram matrix of the residuals scaled to unit norm, so relative to its trace
-               at every scale; None: the rounding unit of the state's type. (TorchDEQ adds an absolute 1e-4, which
+    ridge      share of itself added to each diagonal entry of the Gram matrix of the residuals, so relative to its
+               scale; None: the rounding unit of the state's type. (TorchDEQ adds an absolute 1e-4, which
                switches the acceleration off near convergence: sheet, pitfall 4.)
     safeguard  a sample whose residual exceeds its best by this factor, or is not finite, goes back to its best state,
                forgets its history; after RESTARTS of those a non-finite residual ends it
@@ -142,7 +142,7 @@ class Anderson(Solver):
             "images": z.new_zeros(batch, self.m, width),
             "residuals": z.new_zeros(batch, self.m, width),
             "gram": torch.eye(self.m, dtype=torch.float64, device=z.device).expand(batch, -1, -1).clone(),
-            "valid": torch.zeros(batch, self.m, dtype=torch.float64, device=z.device),
+            "valid": None,  # (B, m) 0 or 1 once a sample has been cleared; None: every slot counts
             "born": torch.zeros(batch, self.m, dtype=torch.int64, device=z.device),
             "slot": torch.zeros(batch, dtype=torch.int64, device=z.device),  # where the next point goes
             "restarts": torch.zeros(batch, dtype=torch.int64, device=z.device),
@@ -151,56 +151,57 @@ class Anderson(Solver):
     def step(self, problem, state, number, point):
         used = min(number, self.m)
         images, residuals = state["images"][:, :used], state["residuals"][:, :used]
-        valid, gram, born = state["valid"][:, :used], state["gram"][:, :used, :used], state["born"][:, :used]
-        slot = number - 1  # nothing to forget yet: the same for every sample
-        if number <= self.m:
-            images[:, slot], residuals[:, slot], valid[:, slot], born[:, slot] = point.fz, point.gz, 1.0, number
+        gram, born = state["gram"][:, :used, :used], state["born"][:, :used]
+        valid = None if state["valid"] is None else state["valid"][:, :used]
+        if number <= self.m:  # nothing to forget yet: the same slot for every sample
+            at = (slice(None), number - 1)
+            column = (slice(None), slice(None), number - 1)
         else:
-            slot = state["slot"]
-            rows = torch.arange(len(slot), device=slot.device)
-            images[rows, slot], residuals[rows, slot] = point.fz, point.gz
-            valid[rows, slot], born[rows, slot] = 1.0, number
-        products = torch.bmm(residuals, point.gz.unsqueeze(2)).squeeze(2).double() * valid
-        if number <= self.m:
-            gram[:, slot], gram[:, :, slot] = products, products
-        else:
-            gram[rows, slot], gram[rows, :, slot] = products, products
+            rows = torch.arange(len(born), device=born.device)
+            at, column = (rows, state["slot"]), (rows, slice(None), state["slot"])
+        images[at], residuals[at], born[at] = point.fz, point.gz, number
+        products = dots(residuals, point.gz).double()
+        if valid is not None:
+            valid[at] = 1.0
+            products = products * valid
+        gram[at], gram[column] = products, products
         if used == 1:
             mixed = self.finish(point.z, point.fz, point.gz)
         else:
             weights, cost = self._weights(gram, valid, point.z.dtype)
             if number >= self.m:
                 state["slot"] = cost.masked_fill(born > number - self.RECENT, float("inf")).argmin(1)
-            mixed = torch.bmm(weights, images).squeeze(1)
+            mixed = combine(weights, images)
             if self.tau != 1:
-                mixed = mixed - (1 - self.tau) * torch.bmm(weights, residuals).squeeze(1)
-        if point.lost is None:
-            return mixed
-        # everything a lost sample remembers is cleared: a zero weight would not hide what is not finite
-        state["restarts"] += point.lost
-        for name in ("images", "residuals", "valid"):
-            state[name][point.lost] = 0.0
-        state["gram"][point.lost] = torch.eye(self.m, dtype=gram.dtype, device=gram.device)
-        return torch.where(point.lost[:, None], point.best, mixed)
+                mixed = mixed - (1 - self.tau) * combine(weights, residuals)
+        return mixed if point.lost is None else self._go_back(state, point, mixed)
 
-    def _weights(self, gram: Tensor, valid: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Mixing weights a (B, 1, n), 0 for masked entries, sum 1; and what forgetting each entry would cost (B, n).
+    def _weights(self, gram: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mixing weights a (B, n), 0 for slots that do not count, sum 1; what forgetting each would cost (B, n).
 
         With P the inverse of the Gram matrix, a = P 1 / (1^T P 1); without entry j the least squared residual grows
         by a factor 1 / (1 - a_j^2 (1^T P 1) / P_jj), so a_j^2 / P_jj ranks the entries.
         """
-        scale = torch.rsqrt(torch.diagonal(gram, dim1=1, dim2=2) + TINY)
-        scaled = gram * (scale.unsqueeze(1) * scale.unsqueeze(2))
         ridge = torch.finfo(dtype).eps if self.ridge is None else self.ridge
-        scaled.diagonal(dim1=1, dim2=2).add_(ridge)
-        inverse = torch.linalg.inv_ex(scaled)[0]
-        raw = torch.bmm(inverse, (valid * scale).unsqueeze(2)).squeeze(2)
-        cost = raw * raw / torch.diagonal(inverse, dim1=1, dim2=2)
-        raw = raw * scale
-        return (raw / raw.sum(dim=1, keepdim=True)).to(dtype).unsqueeze(1), cost
+        gram = gram.clone()
+        gram.diagonal(dim1=1, dim2=2).mul_(1 + ridge).add_(TINY)
+        inverse = torch.linalg.inv_ex(gram)[0]
+        raw = inverse.sum(2) if valid is None else dots(inverse, valid)
+        cost = raw * raw / inverse.diagonal(dim1=1, dim2=2)
+        return (raw / raw.sum(dim=1, keepdim=True)).to(dtype), cost
+
+    def _go_back(self, state: dict, point, mixed: Tensor) -> Tensor:
+        """The next point where some samples are lost: those restart from their best state and remember nothing."""
+        if state["valid"] is None:
+            state["valid"] = torch.ones_like(state["gram"][:, 0])
+        state["restarts"] += point.lost
+        for name in ("images", "residuals", "valid"):  # a zero weight would not hide what is not finite
+            state[name][point.lost] = 0.0
+        state["gram"][point.lost] = torch.eye(self.m, dtype=torch.float64, device=mixed.device)
+        return torch.where(point.lost[:, None], point.best, mixed)
 
     def lost(self, residual, best):
-        return ~(residual <= self.safeguard * best)
+        return ~(residual < self.safeguard * best)
 
     def terminate(self, state, residual):
         return residual <= self.tol, ~torch.isfinite(residual) & (state["restarts"] >= self.RESTARTS)
@@ -258,7 +259,6 @@ class Broyden(Solver):
             "sg": torch.zeros(batch, self.pairs, dtype=torch.float64, device=z.device),  # S . g of the last point
             "z": torch.zeros_like(z),
             "g": torch.zeros_like(z),
-            "fresh": torch.ones(batch, dtype=torch.bool, device=z.device),  # the next point ends no step to remember
             "restarts": torch.zeros(batch, dtype=torch.int64, device=z.device),
             "extra": torch.zeros(batch, dtype=torch.int64, device=z.device),
         }
@@ -267,12 +267,11 @@ class Broyden(Solver):
         update, lost = point.gz, point.lost
         used = min(number - 1, self.pairs)
         if used:
-            self._remember(state, (number - 2) % self.pairs, used, point.z, point.gz)
+            self._remember(state, number - 2, used, point.z, point.gz)
             inverse = state["inverse"][:, :used, :used]
-            weights = torch.bmm(inverse, state["sg"][:, :used].unsqueeze(2)).to(update.dtype)
-            update = update - torch.bmm(weights.transpose(1, 2), state["a"][:, :used]).squeeze(1)
+            weights = dots(inverse, state["sg"][:, :used]).to(update.dtype)
+            update = update - combine(weights, state["a"][:, :used])
         state["z"], state["g"] = point.z, point.gz
-        state["fresh"] = torch.zeros_like(state["fresh"]) if lost is None else lost
         moved = search(problem, state, point, update, self.HALVINGS) if self.line_search else point.z + update
         if lost is None:
             return moved
@@ -280,32 +279,34 @@ class Broyden(Solver):
         state["restarts"] += lost
         for name in ("s", "a", "inverse", "sg"):
             state[name][lost] = 0.0
+        # the way back is no step to learn from: it looks as one of length zero
+        state["z"] = torch.where(lost[:, None], point.best, point.z)
+        state["g"] = torch.where(lost[:, None], 0.0, point.gz)
         return torch.where(lost[:, None], point.best, moved)
 
     def lost(self, residual, best):
-        return ~(residual <= self.safeguard * best)
+        return ~(residual < self.safeguard * best)
 
-    def _remember(self, state: dict[str, Tensor], slot: int, used: int, z: Tensor, g: Tensor) -> None:
-        """Put the step that led to (z, g) into the history, in the place of the oldest pair when it is full."""
+    def _remember(self, state: dict[str, Tensor], pair: int, used: int, z: Tensor, g: Tensor) -> None:
+        """Put step number `pair`, which led to (z, g), into the history: in the oldest one's place when it is full."""
+        slot, taken = pair % self.pairs, pair >= self.pairs
         s, y = z - state["z"], g - state["g"]
         inverse, sg = state["inverse"], state["sg"][:, :used]
         known = inverse[:, :used, :used]
-        if self.pairs < self.max_iter:  # the slot may be taken: M^-1 of the other pairs, by the Schur complement
+        if taken:  # M^-1 of the other pairs, by the Schur complement
             pivot = inverse[:, slot, slot]
-            over = torch.where(pivot == 0, 0.0, 1 / torch.where(pivot == 0, 1.0, pivot))
+            over = torch.where(pivot == 0, 0.0, pivot.reciprocal())
             known -= known[:, :, slot, None] * (known[:, slot, None, :] * over[:, None, None])
             known[:, slot, :] = 0
             known[:, :, slot] = 0
-        now = torch.bmm(state["s"][:, :used], g.unsqueeze(2)).squeeze(2).double()
+        now = dots(state["s"][:, :used], g).double()
         column = now - sg  # s_i . y_new; what it holds at the slot itself meets a zero row of M^-1
-        row = torch.bmm(state["a"][:, :used], s.unsqueeze(2)).squeeze(2).double()  # s_new . (y_j + s_j)
-        right = torch.bmm(known, column.unsqueeze(2)).squeeze(2)
-        left = torch.bmm(row.unsqueeze(1), known).squeeze(1)
-        s64 = s.double()
-        complement = (s64 * y).sum(1) - (row * right).sum(1)
-        square = (s64 * s64).sum(1)
-        sound = (complement.abs() > 1e-12 * square) & ~state["fresh"]  # false for what is not finite, too
-        over = torch.where(sound, 1 / torch.where(sound, complement, 1.0), 0.0)[:, None]
+        row = dots(state["a"][:, :used], s).double()  # s_new . (y_j + s_j)
+        right = dots(known, column)
+        left = combine(row, known)
+        complement = torch.linalg.vecdot(s, y).double() - torch.linalg.vecdot(row, right)
+        sound = complement.abs() > 1e-12 * torch.linalg.vecdot(s, s)  # false for what is not finite, too
+        over = torch.where(sound, complement.reciprocal(), 0.0)[:, None]
         known += right.unsqueeze(2) * (left * over).unsqueeze(1)
         known[:, :, slot] = -right * over
         known[:, slot, :] = -left * over
@@ -313,7 +314,7 @@ class Broyden(Solver):
         # an unsound pair has a zero row and column in M^-1, so what stands in its slot has no effect
         state["s"][:, slot] = s
         torch.add(s, y, out=state["a"][:, slot])
-        now[:, slot] = (s * g).sum(1)
+        now[:, slot] = torch.linalg.vecdot(s, g)
         state["sg"][:, :used] = now
 
     def terminate(self, state, residual):
@@ -322,9 +323,8 @@ class Broyden(Solver):
     @staticmethod
     def left_inverse(state: dict[str, Tensor], rows: Tensor) -> Tensor:
         """v (I - J)^-1 for row vectors v (B, D), as estimated by the last step: I - S M^-T A^T (SHINE, 2106.00553)."""
-        weights = torch.bmm(state["a"], rows.unsqueeze(2)).double()
-        weights = torch.bmm(state["inverse"].transpose(1, 2), weights).to(rows.dtype)
-        return rows - torch.bmm(weights.transpose(1, 2), state["s"]).squeeze(1)
+        weights = combine(dots(state["a"], rows).double(), state["inverse"])
+        return rows - combine(weights.to(rows.dtype), state["s"])
 
 
 @dataclass(frozen=True, kw_only=True)
