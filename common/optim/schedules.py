@@ -96,3 +96,20 @@ class Poly:
         n = step * self.per_step
         done = min(max((n - self.warmup) / max(self.total - self.warmup, 1e-12), 0.0), 1.0)
         return ramp(n, self.warmup) * (self.final + (1 - self.final) * (1 - done) ** self.power)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """1 until `at`, `factor` from there on, times the warm-up. IGNN's graph classification: half from epoch 51 on."""
+
+    at: float
+    factor: float = 0.5
+    warmup: float = 0.0
+    per_step: float = 1.0
+
+    def __post_init__(self):
+        _check(self, "per_step", "at", "factor")
+
+    def __call__(self, step: int) -> float:
+        n = step * self.per_step
+        return ramp(n, self.warmup) * (self.factor if n >= self.at else 1.0)

@@ -210,12 +210,11 @@ def test_the_state_is_a_fixed_point_and_the_solver_sees_one_sample():
 
 
 def test_implicit_gradient_equals_finite_differences():
-    net = node_net(
-        deq=DEQ(solver=Picard(max_iter=500, tol=1e-14), grad=Implicit(solver=Picard(max_iter=500, tol=1e-14)))
-    )
-    net.train()
+    solver = Picard(max_iter=500, tol=1e-14)
+    # autograd would refuse "parameter", which writes W between gradcheck's forwards
+    net = node_net(deq=DEQ(solver=solver, grad=Implicit(solver=solver)), projection="exact").train()
     x, *rest = inputs(normalised(links()))
-    assert torch.autograd.gradcheck(lambda x: net(x, *rest), x.requires_grad_(), atol=1e-6)
+    assert torch.autograd.gradcheck(lambda x: net(x, *rest), x.requires_grad_(), atol=1e-6, check_undefined_grad=False)
 
 
 def test_newton_krylov_finds_the_same_state():

@@ -5,9 +5,15 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.optim.schedules import Constant, Cosine, InverseSqrt, Poly
+from common.optim.schedules import Constant, Cosine, Drop, InverseSqrt, Poly
 
-ALL = [Constant(warmup=10), InverseSqrt(reference=50), Cosine(total=100, warmup=10), Poly(total=100, power=0.9)]
+ALL = [
+    Constant(warmup=10),
+    InverseSqrt(reference=50),
+    Cosine(total=100, warmup=10),
+    Poly(total=100, power=0.9),
+    Drop(at=60),
+]
 
 
 def test_warmup_counts_steps_or_images():
@@ -61,3 +67,8 @@ def test_pickles_and_drives_lambda_lr(schedule):
 def test_bad_arguments(make):
     with pytest.raises(UserError, match="must be >"):
         make()
+
+
+def test_drop_falls_once():
+    assert [Drop(at=200)(s) for s in (0, 199, 200, 10_000)] == [1.0, 1.0, 0.5, 0.5]
+    assert Drop(at=256, factor=0.1, per_step=128)(2) == 0.1 and Drop(at=50, warmup=100)(60) == pytest.approx(0.3)
