@@ -1,5 +1,6 @@
 """common/data/text.py: every token once, streams that go on, restart from the row count alone."""
 
+import inspect
 from itertools import islice
 from types import SimpleNamespace
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from common.data.corpus import Bytes, PlainText, Words
 from common.data.text import IGNORED, Streams, TextDataModule, TrainBatches
 from common.errors import UserError
+from common.runtime.check import locate
 
 
 class Counting:
@@ -180,3 +183,18 @@ def test_refusals():
     data.trainer = trainer(world=3)
     with pytest.raises(UserError, match="divisible by processes"):
         data.setup("fit")
+
+
+@pytest.mark.parametrize("name", ["tinyshakespeare", "wikitext2", "wikitext103"])
+def test_configurations_are_the_signatures_and_say_where_the_files_belong(repo, tmp_path, name):
+    from hydra.utils import instantiate
+
+    data = OmegaConf.load(repo / "conf" / "data" / f"{name}.yaml")
+    cfg = OmegaConf.create({"paths": {"data": str(tmp_path), "cache": str(tmp_path / "cache")}, "data": data})
+    assert set(cfg.data) - {"_target_"} == set(inspect.signature(TextDataModule).parameters)
+    source = locate(cfg.data.source._target_)
+    assert set(cfg.data.source) - {"_target_"} <= set(inspect.signature(source).parameters)
+    made = instantiate(cfg.data)
+    with pytest.raises(UserError, match=rf"not found: looked for {tmp_path}/.*get it from https://"):
+        made.check()
+    assert made.splits == (("train", "valid", "test") if name == "wikitext103" else ("train", "test"))

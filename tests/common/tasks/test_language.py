@@ -212,3 +212,29 @@ def test_training_learns_the_text(tmp_path, data):
 def test_refusals(options, text):
     with pytest.raises(UserError, match=text):
         made(**options)
+
+
+def test_published_settings_of_the_sheet(repo):
+    """torchdeq.md and phantom_grad.md, read from the composed configurations."""
+    from hydra import compose, initialize_config_dir
+
+    from common.runtime.launch import register_resolvers
+
+    register_resolvers()
+    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
+        lm = compose("config", ["+experiment=torchdeq_lm_wikitext103"])
+        orders = [compose("config", [f"+experiment=phantom_grad_lm_wikitext103_{o}"]) for o in ("preln", "postln")]
+        seq = compose("config", ["+experiment=torchdeq_seq_wikitext103"])
+    net, deq = lm.project.net, lm.project.net.deq
+    assert (net.blocks, net.width, net.heads, net.head_width, net.inner) == (3, 700, 10, 70, 14800)
+    assert (net.divide, list(net.cutoffs), net.memory, net.dropout) == (4, [20_000, 40_000, 200_000], 150, 0.05)
+    assert (deq.solver.max_iter, deq.eval_solver.max_iter, deq.eval_solver.stop, deq.eval_solver.tol) == (
+        0, 12, "rel", 1e-3,
+    )  # fmt: skip
+    assert (deq.grad.steps, deq.grad.tau, deq.grad.recompute, net.norm.kind) == (12, 1.0, True, "weight")
+    assert (lm.data.batch_size, lm.data.length, net.vocabulary) == (56, 150, 267_735)
+    assert (lm.project.optimizer.lr, lm.project.schedule.warmup, lm.trainer.max_steps) == (2.5e-4, 8000, 150_000)
+    assert [cfg.project.net.norm_order for cfg in orders] == ["pre", "post"]
+    assert all(cfg.project.net.deq.grad._target_.endswith("Unrolled") for cfg in orders)
+    assert (seq.project.net.blocks, seq.project.net.inner, seq.project.net.norm_order) == (1, 48_000, "post")
+    assert seq.project.net.deq.grad.solver.max_iter == seq.project.net.deq.solver.max_iter == 35
