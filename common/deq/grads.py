@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +22,10 @@ from common.deq.solve import Problem, Solution, _iterate, solve
 from common.deq.solvers import Broyden, Picard, Solver
 from common.deq.structure import Layout, State
 from common.errors import UserError
+
+# Products with J walk one graph many times, so a compiled f must not give its buffers away in the first. Has to be off
+# before f is compiled and stay off: torch looks at the switch again in each backward pass.
+functorch.donated_buffer = False
 
 
 class Gradient(ABC):
@@ -110,10 +115,14 @@ class Unrolled(Gradient):
 
 
 class _RefuseSecond(torch.autograd.Function):
-    """Identity whose own derivative is refused: the rules below give first derivatives only."""
+    """rows, with a derivative that is refused: the rules below give first derivatives only.
+
+    rows come from a solve without autograd. What they depend on, the incoming gradient and through f every parameter
+    and input, is named as inputs, so that whoever differentiates a second time by any of these passes here.
+    """
 
     @staticmethod
-    def forward(ctx, rows):
+    def forward(ctx, rows, grad, image):
         return rows.view_as(rows)
 
     @staticmethod
@@ -138,7 +147,7 @@ def _replace_gradient(problem: Problem, flat: Tensor, rule: Callable) -> Tensor:
     def hook(grad):
         with torch.no_grad():
             rows = rule(lambda v: _vjp(image, point, v), grad)
-        return _RefuseSecond.apply(rows) if torch.is_grad_enabled() else rows
+        return _RefuseSecond.apply(rows, grad, image) if torch.is_grad_enabled() else rows
 
     # the hook sits behind the image: inside it, products with J start at the image itself and do not meet it again
     image = image.contiguous()
@@ -213,11 +222,14 @@ class Implicit(Gradient):
         return [layout.unpack(_replace_gradient(problem, flat, self._rows))]
 
     def _rows(self, vjp: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
-        found = solve(lambda y: vjp(y) + grad, torch.zeros_like(grad), solver=self.solver, throw=self.throw)
+        # From y = g, the first iterate from 0. A gradient that is not finite stays so: loss scaling looks for it.
+        finite = torch.isfinite(grad).all(dim=1, keepdim=True)
+        start = torch.where(finite, grad, 0.0)
+        found = solve(lambda y: vjp(y) + start, start, solver=self.solver, throw=self.throw)
         self.report = found.detached()
         if self.on_report is not None:
             self.on_report(self.report)
-        return found.z
+        return torch.where(finite, found.z, grad)
 
 
 class Shine(Gradient):
@@ -270,7 +282,7 @@ class _Recomputed(torch.autograd.Function):
             image = ctx.problem(point)
         with torch.no_grad():
             rows = ctx.rule(lambda v: _vjp(image, point, v), grad.detach())
-        return (_RefuseSecond.apply(rows) if grad.requires_grad else rows), None, None, None
+        return (_RefuseSecond.apply(rows, grad, image) if torch.is_grad_enabled() else rows), None, None, None
 
 
 def _autocast_state(device: str) -> dict:

@@ -61,7 +61,8 @@ class Layout:
             leaf = leaves[0]
             flat = leaf.reshape(1, 1) if self.scalar else leaf.reshape(len(leaf), self.widths[0])
             return flat.to(self.dtype)
-        return torch.cat([leaf.reshape(len(leaf), -1).to(self.dtype) for leaf in leaves], dim=1)
+        flat = [leaf.reshape(len(leaf), width).to(self.dtype) for leaf, width in zip(leaves, self.widths, strict=True)]
+        return torch.cat(flat, dim=1)
 
     def unpack(self, flat: Tensor) -> State:
         """(B', D) as the structure again, for any number of rows; views where the types allow."""
@@ -84,11 +85,13 @@ class Layout:
         else:
             if image is None:
                 raise UserError("fn returned None. Return the next state, with the structure and shapes of z0.")
-            leaves, spec = pytree.tree_flatten(image)
-            if spec != self.spec or not all(isinstance(leaf, Tensor) for leaf in leaves):
-                raise UserError(
-                    f"fn returned {_describe(image)}, but z0 is {self.spec_text()}. Return the structure of z0."
-                )
+            try:
+                leaves = self.spec.flatten_up_to(image)  # the keys of a dict may come in any order
+            except ValueError:
+                leaves = [None]
+            if not all(isinstance(leaf, Tensor) for leaf in leaves):
+                expected = _outline(pytree.tree_unflatten([torch.empty(0)] * len(self.shapes), self.spec))
+                raise UserError(f"fn returned {_outline(image)}, but z0 is {expected}. Return the structure of z0.")
         for number, (leaf, shape) in enumerate(zip(leaves, self.shapes, strict=True)):
             expected = torch.Size() if self.scalar else torch.Size((rows, *shape))
             if leaf.shape != expected:
@@ -99,16 +102,17 @@ class Layout:
                 )
         return self.pack(leaves)
 
-    def spec_text(self) -> str:
-        return "one tensor" if self.spec.is_leaf() else f"a {self.spec.type.__name__} of {len(self.shapes)} tensors"
 
-
-def _describe(value) -> str:
+def _outline(value) -> str:
+    """Such as `(tensor, {a: tensor})`."""
     if isinstance(value, Tensor):
-        return "one tensor"
-    if isinstance(value, tuple | list | dict):
-        return f"a {type(value).__name__} of {len(pytree.tree_leaves(value))} tensors"
-    return f"a {type(value).__name__}"
+        return "tensor"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_outline(part)}' for key, part in value.items())}}}"
+    if isinstance(value, tuple | list):
+        inside = ", ".join(map(_outline, value))
+        return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+    return type(value).__name__
 
 
 def take_rows(tree, rows: Tensor):
