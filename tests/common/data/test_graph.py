@@ -1,5 +1,7 @@
 """Link matrices, Perron roots, block-diagonal batches, and which graphs a run sees."""
 
+import inspect
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from common.data.graph import (
     Graph,
@@ -18,6 +21,7 @@ from common.data.graph import (
     row_normalise,
 )
 from common.errors import UserError
+from common.runtime.check import check, locate
 
 
 def graph(nodes: int, seed: int, level: str = "graph") -> Graph:
@@ -205,3 +209,17 @@ def test_refusals(options, sentence):
 def test_unknown_split_is_named():
     with pytest.raises(UserError, match=r"no split 'tset'\. Closest: test"):
         GraphDataModule(source=Source()).eval_batches("tset")
+
+
+@pytest.mark.parametrize("name", ["chains", "cora", "citeseer", "ppi", "tu"])
+def test_configuration_is_the_signature_and_every_number_has_a_comment(repo, name):
+    file = repo / "conf" / "data" / f"{name}.yaml"
+    config = OmegaConf.create({"seed": 0, "paths": {"data": "somewhere"}, "data": OmegaConf.load(file)})
+    check(config)
+    assert locate(config.data._target_) is GraphDataModule
+    assert set(config.data) - {"_target_"} == set(inspect.signature(GraphDataModule).parameters)
+    source = locate(config.data.source._target_)
+    assert set(config.data.source) - {"_target_"} == set(inspect.signature(source).parameters)
+    for line in file.read_text().splitlines():
+        if not re.match(r"\s*(_target_|source:$|#|root: \$\{data\.root\})", line.strip()):
+            assert "  # " in line, line
