@@ -257,7 +257,8 @@ class Shine(Gradient):
         history = {key: state[key] for key in ("s", "a", "inverse")}
 
         def rows(vjp, grad):
-            y = Broyden.left_inverse(history, grad)
+            with torch.autocast(grad.device.type, enabled=False):
+                y = Broyden.left_inverse(history, grad)
             for _ in range(self.refine):
                 y = vjp(y) + grad
             return y
@@ -316,17 +317,21 @@ class Backprop(Gradient):
     def attach(self, fn, z, args, *, solution=None):
         return Unrolled(steps=self.steps or 1, tau=self.tau, recompute=self.recompute).attach(fn, z, args)
 
-    def run(self, fn: Callable, z0: State, args: Sequence | None, *, solver: Solver, states_at=()) -> Solution:
+    def run(
+        self, fn: Callable, z0: State, args: Sequence | None, *, solver: Solver, states_at=(), trajectory: bool = False
+    ) -> Solution:
         """The forward pass with its graph. The Solution is measured at the last point but one, as for `Picard`."""
         layout = Layout.of(z0)
         problem, z = Problem(fn, layout, args), layout.pack(z0)
-        steps = self.steps or solver.max_iter
-        before, states = z, {}
+        steps = solver.max_iter if self.steps is None else self.steps
+        if steps < 1:
+            raise UserError("Backprop without steps unrolls solver.max_iter=0 steps. Set grad.steps or raise max_iter.")
+        states = {0: z}
         for step in range(1, steps + 1):
-            before, z = z, _damped(problem, z, self.tau, self.recompute)
-            states[step] = z
+            states[step] = z = _damped(problem, z, self.tau, self.recompute)
+        before = states[steps - 1]
         with torch.no_grad():
-            measured = Picard(max_iter=1, tol=solver.tol, stop="never")
+            measured = Picard(max_iter=1, tol=solver.tol, stop=solver.stop)
             image = z if self.tau == 1 else before + (z - before) / self.tau
             found = _iterate(
                 _Known(layout, image), before.detach(), measured, states_at=(), trajectory=False, static=True,
@@ -337,6 +342,7 @@ class Backprop(Gradient):
         return replace(
             found, z=output, steps=count, evaluations=count, calls=problem.calls, samples=problem.samples,
             max_iter=steps, states=[layout.unpack(states[p]) if p in states else output for p in states_at],
+            trajectory=[layout.unpack(states[p].detach()) for p in range(steps)] if trajectory else None,
         )  # fmt: skip
 
 

@@ -90,6 +90,10 @@ class DEQ(nn.Module):
         self.last = (fn, _constant(states[-1]), args) if self.keep_last else None
         return states
 
+    def __getstate__(self) -> dict:
+        # a copy or a pickle starts without the last call: its tensors hang in a graph, its fn may be a closure
+        return {**super().__getstate__(), "solution": None, "penalty_value": None, "last": None}
+
     def _options(self) -> dict:
         # a rule that reads the solver's history needs every row of it
         return {"compact": self.compact and not self.grad.needs_solver_state, "check_every": self.check_every}

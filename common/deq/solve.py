@@ -10,7 +10,8 @@ calls the residual f(z) - z and stops on its norm, absolute or relative to ||f(z
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,6 +54,7 @@ class Problem:
         self.known: tuple[Tensor, Tensor] | None = None  # (z, fn(z)) a solver's step has evaluated already
         self.calls = 0  # of fn, whatever the batch
         self.samples = 0  # samples those calls evaluated
+        self.autocast: Callable | None = None  # makes the context fn runs in, where it is not the one around
 
     def __call__(self, z: Tensor) -> Tensor:
         if self.known is not None and self.known[0] is z:
@@ -60,13 +62,33 @@ class Problem:
             return fz
         self.calls += 1
         self.samples += len(z)
-        return self.layout.pack_image(self.fn(self.layout.unpack(z), *self.args), len(z))
+        version = None if z.is_inference() else z._version
+        if self.autocast is None:
+            image = self.fn(self.layout.unpack(z), *self.args)
+        else:
+            with self.autocast():
+                image = self.fn(self.layout.unpack(z), *self.args)
+        if version is not None and z._version != version:
+            raise UserError("fn wrote into its state in place. Return a new tensor: z * 0.5 instead of z.mul_(0.5).")
+        return self.layout.pack_image(image, len(z))
+
+    @contextmanager
+    def only_fn_autocast(self, device: str) -> Iterator[None]:
+        """Under autocast: fn runs in the lower precision, the solver's own products around it do not."""
+        if not torch.is_autocast_enabled(device):
+            yield
+            return
+        dtype, cache = torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+        self.autocast = lambda: torch.autocast(device, dtype=dtype, cache_enabled=cache)
+        with torch.autocast(device, enabled=False):
+            yield
+        self.autocast = None
 
     def jvp(self, z: Tensor, v: Tensor) -> Tensor:
         """J(z) v by forward-mode differentiation, (B, D). Counts as one call."""
         with warnings.catch_warnings():  # torch's own forward rules use a deprecated compiler
             warnings.simplefilter("ignore", FutureWarning)
-            return torch.func.jvp(self, (z,), (v,))[1]
+            return torch.func.jvp(self, (z,), (v,))[1].to(v.dtype)  # without dimensions, torch may widen it
 
     def take(self, rows: Tensor) -> None:
         self.args = take_rows(self.args, rows)
@@ -203,9 +225,12 @@ def solve(
     static = isinstance(z, FakeTensor)  # shapes only: nothing can be tested, every step is taken
     _check(z, args, states_at, check_every, solver, static)
     if grad is not None and grad.replaces_solver:
-        return grad.run(fn, z0, args, solver=solver, states_at=states_at)
+        found = grad.run(fn, z0, args, solver=solver, states_at=states_at, trajectory=trajectory)
+        if throw and not bool(found.converged.all()):
+            raise NotConverged(found.message)
+        return found
     problem = Problem(fn, layout, args, static)
-    with torch.no_grad():
+    with torch.no_grad(), problem.only_fn_autocast(z.device.type):
         found = _iterate(
             problem, z, solver, states_at=states_at, trajectory=trajectory, static=static, check_every=check_every,
             compact=compact and args is not None and not (grad is not None and grad.needs_solver_state),
@@ -293,7 +318,9 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
             problem.take(keep)
             frozen = False
         moved = solver.step(problem, state, number, Point(z, fz, gz, residual, best, running, lost))
-        z = torch.where(running[:, None], moved, z) if frozen else moved
+        if frozen and not (problem.known and problem.known[0] is moved):  # a search leaves them where they are
+            moved = torch.where(running[:, None], moved, z)
+        z = moved
 
     evaluations = torch.where(running, number, evaluations)
     parts = (best, best_abs, best_rel, evaluations, converged, state.get("extra"))

@@ -104,9 +104,9 @@ class Anderson(Solver):
         min_a ||sum_i a_i g_i||^2, sum_i a_i = 1;    z <- sum_i a_i (tau f(z_i) + (1 - tau) z_i)
 
     m          points remembered, >= 1; memory 2 m states. A new point takes the place of the one missed least: the
-               three newest stay, of the others that goes whose loss raises the mixed residual least. (Dropping the
-               oldest, as is usual, needs 89 instead of 72 steps on a random map of spectral radius .95, and 113
-               instead of 46 on a symmetric one of .99: python -m tools.bench deq.)
+               three newest stay (the m - 1 newest for m below 4), of the others that goes whose loss raises the mixed
+               residual least. (Dropping the oldest, as is usual, needs 89 instead of 72 steps on a random map of
+               spectral radius .95, and 113 instead of 46 on a symmetric one of .99: python -m tools.bench deq.)
     ridge      share of itself added to each diagonal entry of the Gram matrix of the residuals, so relative to its
                scale; None: the rounding unit of the state's type. (TorchDEQ adds an absolute 1e-4, which
                switches the acceleration off near convergence: sheet, pitfall 4.)
@@ -170,7 +170,8 @@ class Anderson(Solver):
         else:
             weights, cost = self._weights(gram, valid, point.z.dtype)
             if number >= self.m:
-                state["slot"] = cost.masked_fill(born > number - self.RECENT, float("inf")).argmin(1)
+                newest = born > number - min(self.RECENT, self.m - 1)
+                state["slot"] = cost.masked_fill(newest, float("inf")).argmin(1)
             mixed = combine(weights, images)
             if self.tau != 1:
                 mixed = mixed - (1 - self.tau) * combine(weights, residuals)
@@ -197,7 +198,8 @@ class Anderson(Solver):
         state["restarts"] += point.lost
         for name in ("images", "residuals", "valid"):  # a zero weight would not hide what is not finite
             state[name][point.lost] = 0.0
-        state["gram"][point.lost] = torch.eye(self.m, dtype=torch.float64, device=mixed.device)
+        one = torch.eye(self.m, dtype=torch.float64, device=mixed.device)
+        state["gram"] = torch.where(point.lost[:, None, None], one, state["gram"])
         return torch.where(point.lost[:, None], point.best, mixed)
 
     def lost(self, residual, best):
@@ -368,13 +370,13 @@ class NewtonKrylov(Solver):
 
 
 def search(problem, state: dict[str, Tensor], point, update: Tensor, halvings: int) -> Tensor:
-    """z + t update per sample, t in 1, 1/2, 1/4, ...: the first that lowers ||f(z) - z||, else the last.
+    """z + t update per running sample, t in 1, 1/2, 1/4, ...: the first that lowers ||f(z) - z||, else the last.
 
     Trial evaluations are added to state["extra"]; the last one is handed on, so that the loop need not repeat it.
     """
     start = torch.linalg.vector_norm(point.gz, dim=1)
     length = torch.ones_like(start)
-    z = point.z + update
+    z = torch.where(point.running[:, None], point.z + update, point.z)
     fz = problem(z)
     for _ in range(0 if problem.static else halvings):
         worse = ~(torch.linalg.vector_norm(fz - z, dim=1) < start) & point.running
