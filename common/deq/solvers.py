@@ -187,7 +187,8 @@ class Anderson(Solver):
         gram = gram.clone()
         gram.diagonal(dim1=1, dim2=2).mul_(1 + ridge).add_(TINY)
         inverse = torch.linalg.inv_ex(gram)[0]
-        raw = inverse.sum(2) if valid is None else dots(inverse, valid)
+        # the sum rounds alike in both: that one sample was cleared must not show in the others
+        raw = (inverse if valid is None else inverse * valid.unsqueeze(1)).sum(2)
         cost = raw * raw / inverse.diagonal(dim1=1, dim2=2)
         return (raw / raw.sum(dim=1, keepdim=True)).to(dtype), cost
 
