@@ -254,7 +254,10 @@ def test_every_option_stands_in_its_file_with_the_value_of_the_signature(folder,
 def test_every_solver_with_every_rule_by_configuration(solver, grad, toy, toy_config, tmp_path):
     """Composes, passes the check, steps once on real tensors and once on fake ones, and can be exported."""
     choose = (f"solver@deq.solver={solver}", f"grad@deq.grad={grad}")
-    cfg = toy_config(tmp_path / "run", "project.net.deq.solver.max_iter=12", choose=choose)
+    budget = ["project.net.deq.solver.max_iter=12"]
+    if solver == "newton_krylov":
+        budget = ["project.net.deq.solver.max_iter=5", "project.net.deq.solver.krylov=3"]
+    cfg = toy_config(tmp_path / "run", *budget, choose=choose)
     check(cfg)
     run = fit.assemble(cfg, training=True, measuring=True)
     run.module.training_step(run.data.sample(0, 16), 0).backward()
