@@ -12,7 +12,7 @@ BASE = {"torch", "torchvision", "timm", "numpy", "scipy"}
 
 # PIL where pictures are read or written; yaml comes with omegaconf.
 # package of common -> (third party it may import, packages of common it may import)
-LOW = {"deq", "diffusion", "losses", "nets", "optim"}
+LOW = {"deq", "diffusion", "ham", "losses", "nets", "optim"}
 LAYERS = {
     **{name: (BASE, LOW) for name in LOW},
     "weights": (BASE | {"safetensors"}, LOW | {"weights"}),
