@@ -9,7 +9,8 @@ projects/<slug>/results.json. A relation that fails is recorded as failed.
     source: arXiv number, table or figure
     seeds: [1, 2, 3]
     runs:            # name -> {experiment, overrides: [key=value, ...], needs: [earlier run names]};
-                     # "{teacher}" in an override stands for the folder of run `teacher` with the same seed
+                     # "{teacher}" in an override stands for the folder of run `teacher` with the same seed;
+                     # task=test among the overrides measures given weights instead of training
     measures:        # name -> {run, metric: key of its result.json, says: words for the table}
     relations:       # [{left, op: ">=" "<=" ">" "<", factor, right, says}]: left op factor * right,
                      # asked of every seed and of the means
@@ -169,7 +170,8 @@ def make_runs(claim: Mapping, seed: int, folder: Path, *, code: str, fresh: bool
         stamp = {"arguments": arguments, "code": code, "needs": {other: stamps[other] for other in used}}
         folders[name], stamps[name] = place, stamp
         same = not fresh and _stamp(place) == stamp
-        result = report.read_result(place) if same else None
+        answer = place / "test" if "task=test" in arguments else place  # where that verb leaves its numbers
+        result = report.read_result(answer) if same else None
         if result is not None:
             say(f"[seed {seed}] {name}: reusing {place}")
         else:
@@ -178,7 +180,7 @@ def make_runs(claim: Mapping, seed: int, folder: Path, *, code: str, fresh: bool
             write_json(place / STAMP, stamp)
             say(f"[seed {seed}] {name}: python -m projects.run {' '.join(arguments)}")
             status = run(arguments)
-            result = report.read_result(place)
+            result = report.read_result(answer)
             if status or result is None:
                 why = f"ended with exit code {status}" if status else "left no result.json"
                 raise UserError(f"Run '{name}' of seed {seed} {why}; see its output above. "

@@ -60,7 +60,10 @@ class DEQ(nn.Module):
         self.solver = solver if solver is not None else Anderson()
         self.grad = grad if grad is not None else OneStep()
         self.eval_solver = eval_solver or replace(self.solver, max_iter=int(self.solver.max_iter * eval_factor))
-        self.positions = _positions(states, self.solver.max_iter)
+        steps = (self.grad.replaces_solver and self.grad.steps) or self.solver.max_iter
+        if self.grad.replaces_solver and steps < 1:
+            raise UserError("Backprop unrolls solver.max_iter steps, got 0. Set deq.grad.steps to the steps to unroll.")
+        self.positions = _positions(states, steps)
         if sliced and self.grad.replaces_solver:
             raise UserError(
                 "deq.sliced needs a gradient rule beside the solve; Backprop is the solve. Set sliced=false."

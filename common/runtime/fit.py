@@ -30,9 +30,12 @@ from common.weights.export import export
 
 # What decides the weights of a run. A folder that holds another run under these is not continued.
 IDENTITY = (
-    "project", "ema", "seed", "data.batch_size", "data.seed", "data.shuffle", "data.xflip", "data.source._target_",
-    "init.average", "trainer.precision", "trainer.gradient_clip_val", "trainer.accumulate_grad_batches",
+    "project", "ema", "seed", "data.batch_size", "data.seed", "data.shuffle", "data.xflip", "data.source",
+    "data.normalise", "data.radius", "init.average", "trainer.precision", "trainer.gradient_clip_val",
+    "trainer.accumulate_grad_batches",
 )  # fmt: skip
+
+PLACES = ("root", "cache_dir")  # where data lie, which may move
 
 
 @dataclass
@@ -134,6 +137,8 @@ def _refuse_other_run(old: DictConfig, new: DictConfig, folder: Path) -> None:
     for key in IDENTITY:
         before, after = (_flat(OmegaConf.select(c, key), key) for c in (old, new))
         for name in sorted(before.keys() | after.keys()):
+            if name.split(".")[-1] in PLACES:
+                continue
             if before.get(name) != after.get(name):
                 raise UserError(
                     f"{folder} holds a run with other settings: {name} was {before.get(name)}, is {after.get(name)}. "

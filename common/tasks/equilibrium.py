@@ -64,7 +64,8 @@ class EquilibriumModule(ResearchModule):
         self.log("train/loss", loss, prog_bar=True)
         solution = self.net.deq.solution
         self.log("train/nfe", solution.evaluations.float().mean())
-        self.log("train/residual", solution.residual_rel.mean())
+        if solution.calls:  # a layer trained without a solve has measured nothing
+            self.log("train/residual", solution.residual_rel.mean())
         return loss
 
     def predict(self, batch):
