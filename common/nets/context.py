@@ -152,7 +152,7 @@ class EMAttention(nn.Module):
 
 
 class PyramidPooling(nn.Module):
-    """PSP in a light form: means over grids of 1, 2, 3 and 6 cells, resized and fused with the input by a 1x1 convolution.
+    """PSP in a light form: means over grids of 1, 2, 3 and 6 cells, fused with the input by a 1x1 convolution.
 
     channels  of all grids together; a multiple of their number
     grids     cells along one side

@@ -1,7 +1,7 @@
 """HamNet and Light-Ham: a backbone, a global-context module between two convolutions, a classifier of pixels.
 
-The published HamNet is a dilated ResNet-101 with a Hamburger on its last map; Light-Ham concatenates the last three maps
-of a hierarchical backbone. Is Attention Better Than Matrix Decomposition? (arXiv 2109.04553).
+The published HamNet is a dilated ResNet-101 with a Hamburger on its last map; Light-Ham concatenates the last three
+maps of a hierarchical backbone. Is Attention Better Than Matrix Decomposition? (arXiv 2109.04553).
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ class TimmBackbone(nn.Module):
     stages         indices of its feature maps, counted from the last: [-1] the last, [-3, -2, -1] the last three
     output_stride  pixels of the image per pixel of the last map: 8, 16, 32; later stages are dilated instead. None: as
                    the network is
-    multi_grid     further dilations of the 3x3 convolutions in the blocks of the last stage (residual networks): 1, 2, 4
+    multi_grid     further dilations of the 3x3 convolutions in the last stage (residual networks): 1, 2, 4
     options        what else timm's network takes, e.g. {drop_path_rate: 0.1}
 
     `channels` and `strides` describe the maps. Weights are random: load them with init.file.

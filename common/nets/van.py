@@ -112,7 +112,7 @@ class SpatialAttention(nn.Module):
 
 
 class LargeKernelAttention(nn.Module):
-    """x times a 21x21 convolution of x, taken apart: 5x5 by channel, 7x7 by channel with dilation 3, 1x1. Equation 3."""
+    """x times a 21x21 convolution of x, taken apart: 5x5 and dilated 7x7 by channel, 1x1. Equation 3."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -81,20 +81,25 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True)
 class Poly:
-    """(1 - progress)^power from 1 at the end of the warm-up to `final` at `total`; power 1 is a straight line."""
+    """(1 - progress)^power from 1 at the end of the warm-up to `final` at `total`; power 1 is a straight line.
+
+    every  the line is a stair: the value changes every so many steps (HamNet: 10)
+    """
 
     total: float
     power: float = 1.0
     final: float = 0.0
     warmup: float = 0.0
     per_step: float = 1.0
+    every: int = 1
 
     def __post_init__(self):
-        _check(self, "per_step", "total", "power")
+        _check(self, "per_step", "total", "power", "every")
 
     def __call__(self, step: int) -> float:
         n = step * self.per_step
-        done = min(max((n - self.warmup) / max(self.total - self.warmup, 1e-12), 0.0), 1.0)
+        stair = step // self.every * self.every * self.per_step
+        done = min(max((stair - self.warmup) / max(self.total - self.warmup, 1e-12), 0.0), 1.0)
         return ramp(n, self.warmup) * (self.final + (1 - self.final) * (1 - done) ** self.power)
 
 

@@ -117,6 +117,7 @@ class SplitEvaluation:
     """The module's `evaluation_step` over a split of its data, averaged, plus what the solvers of equilibria report.
 
     `module.evaluation_step(batch)` gives name -> (sum, count); the means over the split go through `module.finalise`.
+    A sum may be a tensor, a confusion matrix say, of which `finalise` then makes numbers.
     The first metric is the one a sweep minimises: a loss or an error. Networks with a DEQ have beside them `nfe`
     (evaluations of the map per sample), `residual` (mean relative residual) and `converged` (share of the samples).
 
@@ -213,7 +214,7 @@ class SplitEvaluation:
                 seen += next((len(leaf) for leaf in leaves(batch) if leaf.dim()), 1)
                 if share is not None and seen >= share:
                     break
-        own = {name: (float(total), float(count)) for name, (total, count) in sums.items()}
+        own = {name: (_read(total), float(count)) for name, (total, count) in sums.items()}
         health = {name: (float(total), float(count)) for name, (total, count) in (solver.sums | extra).items()}
         own, health = _add_up(own), _add_up(health)
         if not own:
@@ -303,17 +304,25 @@ def _spectral_radius(net, device: torch.device) -> dict[str, tuple]:
 
 def _number(value):
     """A float, or a tensor left on its device in double precision: adding up reads nothing back."""
-    return value.detach().double().reshape(()) if torch.is_tensor(value) else float(value)
+    if not torch.is_tensor(value):
+        return float(value)
+    value = value.detach().double()
+    return value.reshape(()) if value.numel() == 1 else value
 
 
-def _add_up(own: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+def _read(total):
+    """A sum as a float, or as a tensor on the CPU if it is more than a number."""
+    return total.cpu() if torch.is_tensor(total) and total.dim() else float(total)
+
+
+def _add_up(own: dict[str, tuple]) -> dict[str, tuple]:
     """The sums and counts of every rank added up, in the order of the first rank that has them."""
     _, world = _rank()
     if world == 1:
         return own
     gathered: list[dict] = [{} for _ in range(world)]
     torch.distributed.all_gather_object(gathered, own)
-    total: dict[str, tuple[float, float]] = {}
+    total: dict[str, tuple] = {}
     for part in gathered:
         for name, (value, count) in part.items():
             before = total.get(name, (0.0, 0.0))

@@ -64,9 +64,13 @@ class ResearchModule(LightningModule):
             sync = torch.is_tensor(value) and self.trainer.world_size > 1
             super().log(name, value, **{"sync_dist": sync, **options})
 
+    def parameter_groups(self) -> list:
+        """What the optimiser is given: the trainable parameters, or groups of them with options of their own."""
+        return [p for p in self.parameters() if p.requires_grad]
+
     def configure_optimizers(self):
         try:
-            optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+            optimizer = self.make_optimizer(self.parameter_groups())
         except ValueError as error:  # torch refuses a negative learning rate, betas outside [0, 1), ...
             raise UserError(f"project.optimizer cannot be built: {error}. Change that option of it.") from error
         if self.schedule is None:
@@ -97,8 +101,15 @@ class ResearchModule(LightningModule):
         """`show` during training: files in the folder `stem`; a module of one picture writes `<stem>.png` instead."""
         return self.show(data, stem, samples=samples, seed=seed)
 
-    def finalise(self, means: dict[str, float]) -> dict[str, float]:
-        """From the means of `evaluation_step` over a split to the paper's metrics. The same by default."""
+    def show_files(self, files: Path, data, folder: Path) -> list[Path]:
+        """As `show`, on a file or a folder of the user's own (`sample.input`). Raises UserError unless a paper can."""
+        raise UserError(f"sample.input={files} is given, but {type(self).__name__} reads no files. Set it to null.")
+
+    def finalise(self, means: dict[str, float | Tensor]) -> dict[str, float]:
+        """From the means of `evaluation_step` over a split to the paper's metrics. The same by default.
+
+        A mean is a float, or a tensor (CPU, float64) where the step's sum was one: a confusion matrix, say.
+        """
         return means
 
 

@@ -21,7 +21,8 @@ def sample_task(cfg: DictConfig) -> None:
 
     Image i depends on (sample.seed, i) and its class alone. Writes images/000000.png ..., grid.png (at most 400
     images), samples.npz with `images` uint8 (N, H, W, C), `labels` int64 (N,) or -1, and `samples.json`.
-    A module that generates no images shows `sample.samples` samples in its own way, in `<run.dir>/samples/seed<k>/`.
+    A module that generates no images shows `sample.samples` samples in its own way, in `<run.dir>/samples/seed<k>/`,
+    or what it makes of the files in `sample.input`, in `<run.dir>/samples/<name of the folder or file>/`.
     """
     batches = index_batches(cfg.sample.samples, cfg.sample.batch_size, "sample")
     run = assemble(cfg, training=False, measuring=False)
@@ -30,6 +31,8 @@ def sample_task(cfg: DictConfig) -> None:
     )
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
     module = run.module.to(device)
+    if module.uses_sampler and cfg.sample.input is not None:
+        raise UserError(f"sample.input={cfg.sample.input} is given, but this network makes images from noise. Drop it.")
     if module.uses_sampler:
         make_images(run, batches, source)
     else:
@@ -41,13 +44,19 @@ def show_samples(run: Assembled, source: dict) -> None:
 
     Raises UserError when the data are not there or the module has nothing to show.
     """
-    seed, module = run.cfg.sample.seed, run.module
-    run.data.check()
-    run.data.setup("test")
-    folder = run.folder / "samples" / f"seed{seed}"
+    seed, module, folder = run.cfg.sample.seed, run.module, run.folder / "samples"
+    files = None if run.cfg.sample.input is None else Path(run.cfg.sample.input)
+    if files is None:
+        run.data.check()
+        run.data.setup("test")
+    elif not files.exists():
+        raise UserError(f"sample.input={files} does not exist. Set it to a folder of pictures, or to one picture.")
     with evaluating(module):
         module.refresh()
-        written = module.show(run.data, folder, samples=run.cfg.sample.samples, seed=seed)
+        if files is None:
+            written = module.show(run.data, folder / f"seed{seed}", samples=run.cfg.sample.samples, seed=seed)
+        else:
+            written = module.show_files(files, run.data, folder / (files.resolve().stem or "input"))
     if not written:
         raise UserError(
             f"task=sample has nothing to show: {type(module).__name__} writes no pictures. Use task=test for metrics."
