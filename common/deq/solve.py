@@ -223,7 +223,8 @@ def solve(
     layout = Layout.of(z0)
     z = layout.pack(z0).detach()
     static = isinstance(z, FakeTensor)  # shapes only: nothing can be tested, every step is taken
-    _check(z, args, states_at, check_every, solver, static)
+    steps = (grad.steps if grad is not None and grad.replaces_solver else None) or solver.max_iter
+    _check(z, args, states_at, check_every, steps, static)
     if grad is not None and grad.replaces_solver:
         found = grad.run(fn, z0, args, solver=solver, states_at=states_at, trajectory=trajectory)
         if throw and not bool(found.converged.all()):
@@ -242,7 +243,7 @@ def solve(
     return found
 
 
-def _check(z: Tensor, args, states_at, check_every: int, solver: Solver, static: bool) -> None:
+def _check(z: Tensor, args, states_at, check_every: int, steps: int, static: bool) -> None:
     for leaf in torch.utils._pytree.tree_leaves(tuple(args or ())):
         if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != len(z)):
             raise UserError(
@@ -252,10 +253,8 @@ def _check(z: Tensor, args, states_at, check_every: int, solver: Solver, static:
     if check_every < 1:
         raise UserError(f"check_every must be >= 1, got {check_every}. Set check_every=1 to stop as early as possible.")
     for position in states_at:
-        if not 1 <= position <= max(solver.max_iter, 1):
-            raise UserError(
-                f"states_at must lie in 1 .. max_iter={solver.max_iter}, got {position}. Change the position."
-            )
+        if not 1 <= position <= max(steps, 1):
+            raise UserError(f"states_at must lie in 1 .. max_iter={steps}, got {position}. Change the position.")
     if not static and len(z) and not bool(torch.isfinite(z).all()):
         raise UserError("z0 is not finite. Start from a finite state, for example zeros.")
 
@@ -264,7 +263,7 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
     batch, device = len(z), z.device
     by_size, never = solver.stop != "abs", solver.stop == "never"
     best, best_abs = z, z.new_full((batch,), float("inf"))
-    best_rel = best_abs
+    best_rel = floor = best_abs  # floor: smallest residual since the sample last went back to its best state
     evaluations = torch.zeros(batch, dtype=torch.int64, device=device)  # of the samples that have ended
     converged = torch.zeros(batch, dtype=torch.bool, device=device)
     running = ~converged
@@ -286,7 +285,8 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
         looks = not (never or static or number % check_every)
         lost = None
         if looks and not frozen and bool((better & (residual > solver.tol)).all()):
-            best, best_abs, best_rel = image, absolute, relative  # the usual step: everybody improves and goes on
+            # the usual step: everybody improves and goes on
+            best, best_abs, best_rel, floor = image, absolute, relative, residual
         else:
             best = torch.where(better[:, None], image, best)
             best_abs = torch.where(better, absolute, best_abs)
@@ -297,7 +297,9 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
                 converged = converged | (ended & running)
                 evaluations = torch.where(stopping, number, evaluations)
                 running = running & ~stopping
-                lost, frozen = solver.lost(residual, before), True
+                lost, frozen = solver.lost(residual, floor), True
+                if lost is not None:
+                    floor = torch.where(lost, float("inf"), torch.minimum(floor, residual))
             if looks:
                 left, astray = torch.stack([running, running if lost is None else lost & running]).sum(1).tolist()
                 lost, frozen = lost if lost is not None and astray else None, left < len(running)
@@ -312,9 +314,9 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
             whole = _write_back(whole, index, (best, best_abs, best_rel, evaluations, converged, state.get("extra")))
             keep = running.nonzero().squeeze(1)
             index = keep if index is None else index[keep]
-            z, fz, gz, best, best_abs, best_rel, residual, evaluations, converged, running, lost, state = take_rows(
-                (z, fz, gz, best, best_abs, best_rel, residual, evaluations, converged, running, lost, state), keep
-            )
+            moving = (z, fz, gz, best, best_abs, best_rel, floor, residual, evaluations, converged, running, lost)
+            *moving, state = take_rows((*moving, state), keep)
+            z, fz, gz, best, best_abs, best_rel, floor, residual, evaluations, converged, running, lost = moving
             problem.take(keep)
             frozen = False
         moved = solver.step(problem, state, number, Point(z, fz, gz, residual, best, running, lost))

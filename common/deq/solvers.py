@@ -14,7 +14,7 @@ from common.deq.krylov import combine, dots, gmres
 from common.errors import UserError, nearest
 
 STOPS = ("rel", "abs", "never")
-TINY = 1e-30  # keeps a division by the norm of an exact solution defined
+TINY = 1e-150  # keeps the Gram matrix of exact points invertible; in double, far below any entry that counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +59,12 @@ class Solver(ABC):
         """(converged, failed), (B,) bool each. Asked unless every residual is above tol and smaller than before."""
         return residual <= self.tol, ~torch.isfinite(residual)
 
-    def lost(self, residual: Tensor, best: Tensor) -> Tensor | None:
+    def lost(self, residual: Tensor, floor: Tensor) -> Tensor | None:
         """(B,) bool: samples that must go back to their best state; None for solvers that never send one back.
 
-        residual, best  (B,) of this point, and the smallest before it (inf at first)
+        residual  (B,) of this point
+        floor     (B,) the smallest before it, since the start or since the sample last went back: the state it starts
+                  from again is not held against it, or it would go back there for ever
         """
         return None
 
@@ -110,8 +112,8 @@ class Anderson(Solver):
     ridge      share of itself added to each diagonal entry of the Gram matrix of the residuals, so relative to its
                scale; None: the rounding unit of the state's type. (TorchDEQ adds an absolute 1e-4, which
                switches the acceleration off near convergence: sheet, pitfall 4.)
-    safeguard  a sample whose residual exceeds its best by this factor, or is not finite, goes back to its best state,
-               forgets its history; after RESTARTS of those a non-finite residual ends it
+    safeguard  a sample whose residual exceeds the smallest since it last went back by this factor, or is not finite,
+               goes back to its best state, forgets its history; after RESTARTS of those a non-finite residual ends it
 
     One step updates one row and column of the Gram matrix: B m D products, and B solves of size m in double precision.
     """
@@ -203,8 +205,8 @@ class Anderson(Solver):
         state["gram"] = torch.where(point.lost[:, None, None], one, state["gram"])
         return torch.where(point.lost[:, None], point.best, mixed)
 
-    def lost(self, residual, best):
-        return ~(residual < self.safeguard * best)
+    def lost(self, residual, floor):
+        return ~(residual < self.safeguard * floor)
 
     def terminate(self, state, residual):
         return residual <= self.tol, ~torch.isfinite(residual) & (state["restarts"] >= self.RESTARTS)
@@ -270,7 +272,7 @@ class Broyden(Solver):
         update, lost = point.gz, point.lost
         used = min(number - 1, self.pairs)
         if used:
-            self._remember(state, number - 2, used, point.z, point.gz)
+            self._remember(state, number - 2, used, point)
             inverse = state["inverse"][:, :used, :used]
             weights = dots(inverse, state["sg"][:, :used]).to(update.dtype)
             update = update - combine(weights, state["a"][:, :used])
@@ -287,16 +289,21 @@ class Broyden(Solver):
         state["g"] = torch.where(lost[:, None], 0.0, point.gz)
         return torch.where(lost[:, None], point.best, moved)
 
-    def lost(self, residual, best):
-        return ~(residual < self.safeguard * best)
+    def lost(self, residual, floor):
+        return ~(residual < self.safeguard * floor)
 
-    def _remember(self, state: dict[str, Tensor], pair: int, used: int, z: Tensor, g: Tensor) -> None:
-        """Put step number `pair`, which led to (z, g), into the history: in the oldest one's place when it is full."""
+    def _remember(self, state: dict[str, Tensor], pair: int, used: int, point) -> None:
+        """Put step number `pair`, which led to the point, into the history: in the oldest one's place when it is full.
+
+        A sample that only waits for others takes no step: it must not forget a pair for that.
+        """
         slot, taken = pair % self.pairs, pair >= self.pairs
-        s, y = z - state["z"], g - state["g"]
+        g = point.gz
+        s, y = point.z - state["z"], g - state["g"]
         inverse, sg = state["inverse"], state["sg"][:, :used]
         known = inverse[:, :used, :used]
         if taken:  # M^-1 of the other pairs, by the Schur complement
+            held = (known.clone(), state["s"][:, slot].clone(), state["a"][:, slot].clone())
             pivot = inverse[:, slot, slot]
             over = torch.where(pivot == 0, 0.0, pivot.reciprocal())
             known -= known[:, :, slot, None] * (known[:, slot, None, :] * over[:, None, None])
@@ -319,6 +326,9 @@ class Broyden(Solver):
         torch.add(s, y, out=state["a"][:, slot])
         now[:, slot] = torch.linalg.vecdot(s, g)
         state["sg"][:, :used] = now
+        if taken:
+            for new, old in zip((known, state["s"][:, slot], state["a"][:, slot]), held, strict=True):
+                new.copy_(torch.where(point.running.view(-1, *[1] * (old.dim() - 1)), new, old))
 
     def terminate(self, state, residual):
         return residual <= self.tol, ~torch.isfinite(residual) & (state["restarts"] >= self.RESTARTS)
