@@ -107,7 +107,8 @@ class Hamburger(nn.Module):
 def _check(version: str, dual: bool, cheese_factor: int, channels: int) -> None:
     if version not in VERSIONS:
         raise UserError(
-            f"hamburger.version must be one of {', '.join(VERSIONS)}, got {version!r}. {nearest(str(version), VERSIONS)}"
+            f"hamburger.version must be one of {', '.join(VERSIONS)}, got {version!r}. "
+            f"{nearest(str(version), VERSIONS)}"
         )
     if version != "v2plus" and dual:
         raise UserError(f"hamburger.dual exists in v2plus alone, the version is {version}. Set version=v2plus.")

@@ -1,8 +1,8 @@
 """Matrix decompositions as layers: non-negative (NMF), vector quantisation (VQ) and concept decomposition (CD).
 
-X (G, d, n) is close to D C with a dictionary D (G, d, r) of r atoms and codes C (G, r, n), one column per pixel; G counts
-independent matrices. A few steps of an iterative algorithm find them, and the gradient takes a short cut through those
-steps: Is Attention Better Than Matrix Decomposition? (arXiv 2109.04553). The paper writes the codes as C^T, (n, r).
+X (G, d, n) is close to D C with a dictionary D (G, d, r) of r atoms and codes C (G, r, n), one column per pixel; G
+counts independent matrices. A few steps of an iterative algorithm find them, and the gradient takes a short cut through
+those steps: Is Attention Better Than Matrix Decomposition? (arXiv 2109.04553). The paper's C is our C^T, (n, r).
 
     D, C = NMF(rank=64).solve(x)        # codes with gradient
     y = D @ C

@@ -84,7 +84,7 @@ class Ham(nn.Module):
     def _forward(self, x: Tensor, bases: Tensor | None) -> Tensor:
         shape, last = x.shape, _channels_last(x)
         x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
-        x = x.reshape(shape[0] * self.groups, self.channels // self.groups, -1)
+        x = x.reshape(shape[0] * self.groups, self.channels // self.groups, x.shape[2])
         x = x if self.spatial else x.transpose(1, 2)
         steps = self.decomposition.steps if self.training else self.decomposition.eval_steps
         found, codes = self.decomposition.solve(x, self._first(x, bases), steps=steps)

@@ -1,4 +1,4 @@
-"""Weights of the released Hamburger blocks under our names (Gsunshine/Enjoy-Hamburger: HamNet, mmseg head, Light-Ham)."""
+"""Weights of released Hamburger blocks under our names (Gsunshine/Enjoy-Hamburger: HamNet, mmseg head, Light-Ham)."""
 
 import re
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def from_official(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Te
     prefix  only names that start with it are read, without it: "hamburger." or "decode_head.hamburger." (Light-Ham).
             Names of other modules below the prefix, such as the `squeeze` of the mmseg head, are an error
 
-    The released bases of RAND_INIT=False go to a Ham with bases=online. Raises UserError for a name without counterpart.
+    Bases of RAND_INIT=False go to a Ham with bases=online. Raises UserError for a name without counterpart.
     """
     found = {}
     for name, value in state.items():
