@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.data.source import UNREADABLE, ImageArray, check_split, find_folder, sha256
+from common.data.source import UNREADABLE, ImageArray, check_split, differs_from_sums, find_folder, sha256
 from common.errors import UserError
-from common.files import atomic, sha256_file
+from common.files import atomic
 
 BATCH_SIZE = 10_000
 TRAIN_BATCHES = (1, 2, 3, 4, 5)
@@ -208,13 +208,8 @@ def _check_labels(labels: np.ndarray, path: Path, batch: str) -> np.ndarray:
 
 def _check_sums(path: Path) -> None:
     """Compares `path` with its line in SHA256SUMS, where the folder has that file."""
-    sums = path.with_name("SHA256SUMS")
-    if not sums.is_file():
-        return
-    for line in sums.read_text(errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        if name.strip() == path.name and sha256_file(path) != digest.strip():
-            raise _damaged(path, f"its sha256 is not the one in {sums}")
+    if differs_from_sums(path):
+        raise _damaged(path, f"its sha256 is not the one in {path.with_name('SHA256SUMS')}")
 
 
 def _damaged(path: Path, what: str) -> UserError:

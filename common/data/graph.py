@@ -14,15 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from scipy import sparse
 from scipy.sparse import csgraph
 from scipy.sparse.linalg import eigs, eigsh
 from torch import Tensor
 
+from common.data.restart import RestartingDataModule
 from common.data.sampler import EvalSampler, StatelessSampler, check_batch_size
 from common.data.source import check_split
 from common.errors import UserError, nearest
@@ -180,7 +179,7 @@ class GraphSet:
         }
 
 
-class GraphDataModule(pl.LightningDataModule):
+class GraphDataModule(RestartingDataModule):
     """Batches of whole graphs. With N nodes and G graphs in the batch:
 
     x         (N, F) float32        node features
@@ -202,6 +201,8 @@ class GraphDataModule(pl.LightningDataModule):
 
     Raises UserError for a bad batch size, and from `check`, `setup` and the loaders for missing or damaged files.
     """
+
+    sampled = "graphs"
 
     def __init__(
         self,
@@ -231,8 +232,6 @@ class GraphDataModule(pl.LightningDataModule):
         self.shuffle = shuffle
         self.name = name or source.name
         self.root = root
-        self.start_images = 0  # graphs seen before the first micro-batch that the trainer's counter does not include
-        self._start_batches = 0
         self._sets: dict[str, GraphSet] = {}
 
     @property
@@ -262,70 +261,17 @@ class GraphDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.graphs("train")
-            check_batch_size(self.batch_size, self._accumulate() * self._world()[1], self._parts())
+            self._check_shares()
 
     def train_dataloader(self) -> "GraphBatches":
-        """Endless batches of this process, from `images_seen()` on, at every start of an iteration."""
+        """Endless batches of this process, from `samples_seen()` on, at every start of an iteration."""
         graphs = self.graphs("train")
-        check_batch_size(self.batch_size, self._accumulate() * self._world()[1], self._parts())
-        rank, world_size = self._world()
-        repeats = self.trainer is not None and self.trainer.overfit_batches > 0
-        sampler = StatelessSampler(
-            dataset_size=len(graphs),
-            batch_size=self.micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            start=self.start_images if repeats else self.images_seen,
-            seed=self.seed,
-            shuffle=self.shuffle,
-        )
-        return GraphBatches(graphs, sampler)
+        return GraphBatches(graphs, self._train_sampler(len(graphs)))
 
     def eval_batches(self, split: str) -> "CountedGraphBatches":
         """This process's share of the split, every graph once over all processes, in stored order."""
         graphs = self.graphs(split)
-        rank, world_size = self._world()
-        sampler = EvalSampler(
-            dataset_size=len(graphs), batch_size=self.eval_batch_size, rank=rank, world_size=world_size
-        )
-        return CountedGraphBatches(graphs, sampler)
-
-    # Where the run stands --------------------------------------------------------------------------------------------
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Graphs per micro-batch over all processes."""
-        return self.batch_size // self._accumulate()
-
-    def images_seen(self) -> int:
-        """Graphs this run has trained on, over all processes and earlier parts of the run (the runtime's word)."""
-        if self.trainer is None:
-            return self.start_images
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed - self._start_batches
-        return self.start_images + max(done, 0) * self.micro_batch_size
-
-    def state_dict(self) -> dict[str, int | bool]:
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer is not None else 0
-        return {"images_seen": self.images_seen(), "batches": done, "seed": self.seed, "shuffle": self.shuffle}
-
-    def load_state_dict(self, state_dict: dict[str, int | bool]) -> None:
-        self.start_images = state_dict["images_seen"]
-        self._start_batches = state_dict["batches"]
-        changed = [key for key in ("seed", "shuffle") if state_dict.get(key, getattr(self, key)) != getattr(self, key)]
-        if changed:
-            rank_zero_warn(f"The order of the graphs changes from here on: data.{' and data.'.join(changed)} differ.")
-
-    def _accumulate(self) -> int:
-        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-
-    def _world(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 1
-        shares = self.trainer.distributed_sampler_kwargs or {}
-        return shares.get("rank", self.trainer.global_rank), shares.get("num_replicas", self.trainer.world_size)
-
-    def _parts(self) -> str:
-        return "processes x trainer.accumulate_grad_batches"
+        return CountedGraphBatches(graphs, self._eval_sampler(len(graphs), self.eval_batch_size))
 
 
 class GraphBatches:

@@ -6,13 +6,12 @@ processes, not on validation in between, not on whether the run was interrupted.
 
 from collections.abc import Iterable, Iterator
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from common.data.restart import Batches, CountedBatches, RestartingDataModule
 from common.data.sampler import EvalSampler, StatelessSampler, check_batch_size
 from common.data.source import Images, Source, check_split
 from common.errors import UserError
@@ -23,7 +22,7 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 127.5 - 1
 
 
-class ImageDataModule(pl.LightningDataModule):
+class ImageDataModule(RestartingDataModule):
     """Batches `image` float32 (B, C, H, W) in [-1, 1], `label` int64 (B,), `position` int64 (B,).
 
     position is the number of the draw within the whole run, over all processes (in evaluation: the image's number).
@@ -74,8 +73,6 @@ class ImageDataModule(pl.LightningDataModule):
         self.pin_memory = pin_memory
         self.name = name or source.name
         self.root = root
-        self.start_images = 0  # images seen before the first micro-batch that the trainer's counter does not include
-        self._start_batches = 0  # micro-batches the trainer's counter had when start_images was noted
         self._images: dict[str, Images] = {}
         self._loaders: list[Batches] = []
 
@@ -129,7 +126,7 @@ class ImageDataModule(pl.LightningDataModule):
         for first in range(0, len(images), batch_size):
             yield images.take(np.arange(first, min(first + batch_size, len(images))))
 
-    def eval_batches(self, split: str) -> "Batches":
+    def eval_batches(self, split: str) -> CountedBatches:
         """The split once, in stored order, each process its share: batches of a loader, so that images are uint8 until
         `on_after_batch_transfer`. Works with and without a trainer. Raises UserError for an unknown split.
         """
@@ -143,26 +140,14 @@ class ImageDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.images("train")
-            check_batch_size(self.batch_size, self._accumulate() * self._world()[1], self._parts())
+            self._check_shares()
 
-    def train_dataloader(self) -> "Batches":
-        """Endless batches of this process, from `images_seen()` on, at every start of an iteration."""
+    def train_dataloader(self) -> Batches:
+        """Endless batches of this process, from `samples_seen()` on, at every start of an iteration."""
         images = self.images("train")
-        check_batch_size(self.batch_size, self._accumulate() * self._world()[1], self._parts())
-        rank, world_size = self._world()
-        repeats = self.trainer is not None and self.trainer.overfit_batches > 0
-        sampler = StatelessSampler(
-            dataset_size=len(images) * (2 if self.xflip else 1),
-            batch_size=self.micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            start=self.start_images if repeats else self.images_seen,
-            seed=self.seed,
-            shuffle=self.shuffle,
-        )
-        return self._batches(images, sampler)
+        return self._batches(images, self._train_sampler(len(images) * (2 if self.xflip else 1)))
 
-    def val_dataloader(self) -> "Batches | list":
+    def val_dataloader(self) -> Batches | list:
         """`val_split` once, in stored order, each process its share; an empty list when there is none.
 
         Raises UserError for an unknown split; "test" may be absent, because it is the default.
@@ -171,7 +156,7 @@ class ImageDataModule(pl.LightningDataModule):
             check_split(self.val_split, self.splits, self.name)
         return self._eval(self.val_split) if self.val_split in self.splits else []
 
-    def test_dataloader(self) -> "Batches | list":
+    def test_dataloader(self) -> Batches | list:
         """The split "test" once, in stored order; an empty list when the source has none."""
         return self._eval("test") if "test" in self.splits else []
 
@@ -185,109 +170,20 @@ class ImageDataModule(pl.LightningDataModule):
         for loader in self._loaders:
             loader.close()
 
-    # Where the run stands --------------------------------------------------------------------------------------------
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Images per micro-batch over all processes: batch_size / trainer.accumulate_grad_batches."""
-        return self.batch_size // self._accumulate()
-
-    def images_seen(self) -> int:
-        """Images this run has trained on, over all processes and earlier parts of the run.
-
-        Counted by Lightning's `total.processed` micro-batches, the one counter that is already right when a checkpoint
-        is written in `on_train_batch_end` (`completed` is one behind there) and still right when it is restored.
-        """
-        if self.trainer is None:
-            return self.start_images
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed - self._start_batches
-        return self.start_images + max(done, 0) * self.micro_batch_size
-
-    def state_dict(self) -> dict[str, int | bool]:
-        """Plain numbers: images seen (so that another batch size continues exactly), and what they depend on."""
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer is not None else 0
-        return {"images_seen": self.images_seen(), "batches": done, **self._order_facts()}
-
-    def load_state_dict(self, state_dict: dict[str, int | bool]) -> None:
-        self.start_images = state_dict["images_seen"]
-        self._start_batches = state_dict["batches"]
-        changed = [
-            f"{key} was {state_dict[key]}, is {value}"
-            for key, value in self._order_facts().items()
-            if key in state_dict and state_dict[key] != value
-        ]
-        if changed:
-            rank_zero_warn(f"The order of the images changes from here on: data {'; '.join(changed)}.")
-
     def _order_facts(self) -> dict[str, int | bool]:
-        return {"seed": self.seed, "shuffle": self.shuffle, "xflip": self.xflip}
+        return {**super()._order_facts(), "xflip": self.xflip}
 
-    # Pieces ----------------------------------------------------------------------------------------------------------
-
-    def _accumulate(self) -> int:
-        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-
-    def _world(self) -> tuple[int, int]:
-        """`(rank, world size)` among the processes that take different data."""
-        if self.trainer is None:
-            return 0, 1
-        # the strategy's own answer, because with sharded models several processes may share one batch
-        shares = self.trainer.distributed_sampler_kwargs or {}
-        return shares.get("rank", self.trainer.global_rank), shares.get("num_replicas", self.trainer.world_size)
-
-    def _parts(self) -> str:
-        return "processes x trainer.accumulate_grad_batches"
-
-    def _eval(self, split: str) -> "Batches":
+    def _eval(self, split: str) -> CountedBatches:
         images = self.images(split)
-        rank, world_size = self._world()
-        sampler = EvalSampler(
-            dataset_size=len(images), batch_size=self.eval_batch_size, rank=rank, world_size=world_size
-        )
-        return self._batches(images, sampler)
+        return self._batches(images, self._eval_sampler(len(images), self.eval_batch_size))
 
-    def _batches(self, images: Images, sampler: StatelessSampler | EvalSampler) -> "Batches":
+    def _batches(self, images: Images, sampler: StatelessSampler | EvalSampler) -> Batches:
         endless = isinstance(sampler, StatelessSampler)
-        pin = torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
-        loader = DataLoader(
-            _Draws(images, mirrored=endless and self.xflip),
-            batch_sampler=sampler,
-            collate_fn=_as_is,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=pin,
-            generator=torch.Generator().manual_seed(0),  # else every start of an iteration moves torch's global stream
-        )
-        batches = Batches(loader) if endless else CountedBatches(loader)
+        draws = _Draws(images, mirrored=endless and self.xflip)
+        kind = Batches if endless else CountedBatches
+        batches = kind(draws, sampler, num_workers=self.num_workers, pin_memory=self.pin_memory)
         self._loaders.append(batches)
         return batches
-
-
-class Batches:
-    """A DataLoader that reports an unreadable file as one sentence instead of a worker's traceback.
-
-    Not itself a DataLoader, so Lightning leaves its sampler alone: ours already gives every process its share.
-    """
-
-    def __init__(self, loader: DataLoader):
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch in self.loader:
-            if "error" in batch:
-                raise UserError(batch["error"])
-            yield batch
-
-    def close(self) -> None:
-        """Ends the worker processes; a later iteration starts new ones."""
-        self.loader._iterator = None
-
-
-class CountedBatches(Batches):
-    """`Batches` with an end."""
-
-    def __len__(self) -> int:
-        return len(self.loader)
 
 
 class _Draws(Dataset):
@@ -313,7 +209,3 @@ class _Draws(Dataset):
 
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, Tensor | str]:
         return self.__getitems__([draw])
-
-
-def _as_is(batch):
-    return batch

@@ -6,11 +6,11 @@ Which points a step sees depends on (seed, points seen so far) and on nothing el
 import hashlib
 from collections.abc import Iterator
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.data.restart import RestartingDataModule
 from common.data.sampler import StatelessSampler, check_batch_size
 from common.data.signal_source import Signal, SignalSource
 from common.data.source import check_split
@@ -19,7 +19,7 @@ from common.errors import UserError
 Batch = dict[str, Tensor]
 
 
-class SignalDataModule(pl.LightningDataModule):
+class SignalDataModule(RestartingDataModule):
     """Batches `coords` float32 (B, d) in [-1, 1], `value` float32 (B, C) in [-1, 1], `index` int64 (B,).
 
     index is the point's number in the split's own order, the last grid axis fastest.
@@ -38,6 +38,7 @@ class SignalDataModule(pl.LightningDataModule):
     Raises UserError for a bad batch size or stride, and from `check` and `setup` for missing or damaged files.
     """
 
+    sampled = "points"
     splits = ("train", "test")
     num_classes = 0
 
@@ -66,8 +67,6 @@ class SignalDataModule(pl.LightningDataModule):
         self.shuffle = shuffle
         self.name = name or source.name
         self.root = root
-        self.start_images = 0  # points seen before the first micro-batch the trainer's counter does not include
-        self._start_batches = 0
         self._signal: Signal | None = None
         self._points: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -109,24 +108,12 @@ class SignalDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.points("train")
-            check_batch_size(self.batch_size, self._accumulate() * self._world()[1], self._parts())
+            self._check_shares()
 
     def train_dataloader(self) -> "PointBatches":
-        """Endless batches of this process, from `images_seen()` on, at every start of an iteration."""
+        """Endless batches of this process, from `samples_seen()` on, at every start of an iteration."""
         coordinates, values = self.points("train")
-        check_batch_size(self.batch_size, self._accumulate() * self._world()[1], self._parts())
-        rank, world_size = self._world()
-        repeats = self.trainer is not None and self.trainer.overfit_batches > 0
-        sampler = StatelessSampler(
-            dataset_size=len(values),
-            batch_size=self.micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            start=self.start_images if repeats else self.images_seen,
-            seed=self.seed,
-            shuffle=self.shuffle,
-        )
-        return PointBatches(coordinates, values, sampler)
+        return PointBatches(coordinates, values, self._train_sampler(len(values)))
 
     def val_dataloader(self) -> list:
         """None: signals are judged by `eval_batches`."""
@@ -140,44 +127,6 @@ class SignalDataModule(pl.LightningDataModule):
             index = joint.tensor_split(world_size)[rank]
             if len(index):
                 yield {"coords": coordinates[index], "value": values[index], "index": index}
-
-    # Where the run stands ---------------------------------------------------------------------------------------------
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Points per micro-batch over all processes: batch_size / trainer.accumulate_grad_batches."""
-        return self.batch_size // self._accumulate()
-
-    def images_seen(self) -> int:
-        """Points this run has trained on, over all processes and earlier parts of the run (see `ImageDataModule`)."""
-        if self.trainer is None:
-            return self.start_images
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed - self._start_batches
-        return self.start_images + max(done, 0) * self.micro_batch_size
-
-    def state_dict(self) -> dict[str, int | bool]:
-        """Plain numbers: points seen, so that another batch size continues exactly."""
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer is not None else 0
-        return {"images_seen": self.images_seen(), "batches": done, "seed": self.seed, "shuffle": self.shuffle}
-
-    def load_state_dict(self, state_dict: dict[str, int | bool]) -> None:
-        self.start_images = state_dict["images_seen"]
-        self._start_batches = state_dict["batches"]
-
-    # Pieces -----------------------------------------------------------------------------------------------------------
-
-    def _accumulate(self) -> int:
-        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-
-    def _world(self) -> tuple[int, int]:
-        """`(rank, world size)` among the processes that take different data."""
-        if self.trainer is None:
-            return 0, 1
-        shares = self.trainer.distributed_sampler_kwargs or {}
-        return shares.get("rank", self.trainer.global_rank), shares.get("num_replicas", self.trainer.world_size)
-
-    def _parts(self) -> str:
-        return "processes x trainer.accumulate_grad_batches"
 
 
 class PointBatches:

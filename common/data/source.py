@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError, nearest
+from common.files import sha256_file
 
 # What Pillow, numpy and the zip reader raise for damaged bytes; PIL.UnidentifiedImageError is an OSError.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, struct.error)
@@ -92,6 +93,18 @@ def find_folder(root: str, candidates: list[str], probe: str, name: str, fix: st
     places = " or ".join(str(base / candidate / probe) for candidate in candidates)
     gone = "" if base.is_dir() else f" (the folder {base} does not exist)"
     raise UserError(f"{name} not found: looked for {places}{gone}. {fix}")
+
+
+def differs_from_sums(path: Path) -> bool:
+    """Whether SHA256SUMS beside `path` has a line for it with another checksum; False without such a file or line."""
+    sums = path.with_name("SHA256SUMS")
+    if not sums.is_file():
+        return False
+    for line in sums.read_text(errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        if name.strip() == path.name:
+            return sha256_file(path) != digest.strip()
+    return False
 
 
 def sha256(data: bytes | np.ndarray) -> str:

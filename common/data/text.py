@@ -6,13 +6,13 @@ evaluation in between, not on whether the run was interrupted.
 
 from collections.abc import Iterator
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from common.data.corpus import Corpus, Vocabulary
+from common.data.restart import RestartingDataModule
 from common.data.sampler import check_batch_size
 from common.data.source import check_split, sha256
 from common.errors import UserError
@@ -48,7 +48,7 @@ class Streams:
         return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
-class TextDataModule(pl.LightningDataModule):
+class TextDataModule(RestartingDataModule):
     """Batches `tokens`, `targets` int64 (B, T): the same streams one segment further each time, so that a model may
     carry memory from batch to batch; `first` bool: the streams begin anew, what came before does not belong to them.
 
@@ -67,6 +67,9 @@ class TextDataModule(pl.LightningDataModule):
     Raises UserError for numbers out of range, and from `check`, `setup` and the loaders for missing or damaged files, a
     text too short for the streams, or another number of tokens than `vocabulary`.
     """
+
+    sampled = "rows"  # a row is one segment of one stream
+    seen_key = "rows_seen"
 
     def __init__(
         self,
@@ -92,8 +95,6 @@ class TextDataModule(pl.LightningDataModule):
         self.eval_batch_size, self.eval_length = eval_batch_size, eval_length or length
         self.name = name or source.name
         self.root = root
-        self.start_rows = 0  # rows seen before the first micro-batch that the trainer's counter does not include
-        self._start_batches = 0  # micro-batches the trainer's counter had when start_rows was noted
         self._tokens: dict[str, np.ndarray] = {}
 
     # What the data set is ---------------------------------------------------------------------------------------------
@@ -142,19 +143,19 @@ class TextDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            check_batch_size(self.batch_size, self._accumulate() * self._world()[1], self._parts())
+            self._check_shares()
             self._training_streams()
 
     def train_dataloader(self) -> "TrainBatches":
-        """Endless batches of this process, from `rows_seen()` on, at every start of an iteration."""
-        check_batch_size(self.batch_size, self._accumulate() * self._world()[1], self._parts())
+        """Endless batches of this process, from `samples_seen()` on, at every start of an iteration."""
+        self._check_shares()
         rank, world_size = self._world()
         return TrainBatches(
             self._training_streams(),
             micro=self.micro_batch_size,
             rank=rank,
             world_size=world_size,
-            start=self.start_rows if self._repeats() else self.rows_seen,
+            start=self._start(),
         )
 
     def eval_batches(self, split: str) -> Iterator[dict[str, Tensor | bool]]:
@@ -175,38 +176,19 @@ class TextDataModule(pl.LightningDataModule):
 
     # Where the run stands ---------------------------------------------------------------------------------------------
 
-    @property
-    def micro_batch_size(self) -> int:
-        """Rows per micro-batch over all processes: batch_size / trainer.accumulate_grad_batches."""
-        return self.batch_size // self._accumulate()
-
-    def rows_seen(self) -> int:
-        """Rows (segments) this run has trained on, over all processes and earlier parts of the run.
-
-        Counted by Lightning's `total.processed` micro-batches, as `common.data.images.ImageDataModule.images_seen` is.
-        """
-        if self.trainer is None:
-            return self.start_rows
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed - self._start_batches
-        return self.start_rows + max(done, 0) * self.micro_batch_size
-
-    def state_dict(self) -> dict[str, int]:
-        """Plain numbers: where the streams stand, and what that depends on."""
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer is not None else 0
-        return {"rows_seen": self.rows_seen(), "batches": done, "batch_size": self.batch_size, "length": self.length}
+    def _order_facts(self) -> dict[str, int]:
+        return {"batch_size": self.batch_size, "length": self.length}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Another batch size or length goes on as far into the text as the run was, at the start of a segment."""
+        super().load_state_dict(state_dict)
         old_rows, old_length = state_dict["batch_size"], state_dict["length"]
-        self.start_rows = state_dict["rows_seen"]
-        self._start_batches = state_dict["batches"]
         if (old_rows, old_length) != (self.batch_size, self.length):
-            rank_zero_warn(
-                f"The streams change from here on: {old_rows} rows of {old_length} positions were read at a time, now "
-                f"{self.batch_size} of {self.length}."
-            )
-            steps = self.start_rows * old_length // (self.batch_size * self.length)
-            self.start_rows = steps * self.batch_size
+            steps = self.start_samples * old_length // (self.batch_size * self.length)
+            self.start_samples = steps * self.batch_size
+
+    def _say_changed(self, changed: list[str]) -> None:
+        rank_zero_warn(f"The streams change from here on: data {'; '.join(changed)}.")
 
     # Pieces -----------------------------------------------------------------------------------------------------------
 
@@ -222,22 +204,6 @@ class TextDataModule(pl.LightningDataModule):
                 "Lower data.batch_size or use a longer text."
             )
         return Streams(tokens, rows=min(rows, len(tokens) - 1), length=length, whole=whole)
-
-    def _repeats(self) -> bool:
-        return self.trainer is not None and self.trainer.overfit_batches > 0
-
-    def _accumulate(self) -> int:
-        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-
-    def _world(self) -> tuple[int, int]:
-        """`(rank, world size)` among the processes that take different data."""
-        if self.trainer is None:
-            return 0, 1
-        shares = self.trainer.distributed_sampler_kwargs or {}
-        return shares.get("rank", self.trainer.global_rank), shares.get("num_replicas", self.trainer.world_size)
-
-    def _parts(self) -> str:
-        return "processes x trainer.accumulate_grad_batches"
 
 
 class TrainBatches:

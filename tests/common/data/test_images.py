@@ -189,11 +189,11 @@ def test_a_changed_seed_is_said_at_restart(tmp_path):
         fit(3, module(seed=1), ckpt=path)
 
 
-def test_start_images_moves_the_beginning():
+def test_start_samples_moves_the_beginning():
     data = module()
-    data.start_images = 1397
+    data.start_samples = 1397
     assert next(iter(data.train_dataloader()))["position"].tolist() == list(range(1397, 1405))
-    assert data.images_seen() == 1397
+    assert data.samples_seen() == 1397
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -124,9 +124,9 @@ def test_restart_goes_on_at_the_very_row(done):
 
 def test_another_batch_size_goes_on_as_far_in_the_text():
     data = module(batch_size=2)
-    with pytest.warns(UserWarning, match="4 rows of 7 positions were read at a time, now 2 of 7"):
+    with pytest.warns(UserWarning, match="streams change from here on: data batch_size was 4, is 2"):
         data.load_state_dict({"rows_seen": 8, "batches": 2, "batch_size": 4, "length": 7})
-    assert data.start_rows == 8  # as many tokens: 4 steps of 2 rows
+    assert data.start_samples == 8  # as many tokens: 4 steps of 2 rows
 
 
 def test_overfitting_repeats_the_same_batch():
