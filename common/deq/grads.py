@@ -145,6 +145,8 @@ def _replace_gradient(problem: Problem, flat: Tensor, rule: Callable) -> Tensor:
         return image
 
     def hook(grad):
+        if grad is None:  # nothing came back along this output
+            return None
         with torch.no_grad():
             rows = rule(lambda v: _vjp(image, point, v), grad)
         return _RefuseSecond.apply(rows, grad, image) if torch.is_grad_enabled() else rows
@@ -340,8 +342,8 @@ class Backprop(Gradient):
         count = torch.full_like(found.steps, steps)
         output = layout.unpack(z)
         return replace(
-            found, z=output, steps=count, evaluations=count, calls=problem.calls, samples=problem.samples,
-            max_iter=steps, states=[layout.unpack(states[p]) if p in states else output for p in states_at],
+            found, z=output, converged=found.residual <= solver.tol, steps=count, evaluations=count,
+            calls=problem.calls, samples=problem.samples, max_iter=steps, states=[layout.unpack(states[p]) if p in states else output for p in states_at],
             trajectory=[layout.unpack(states[p].detach()) for p in range(steps)] if trajectory else None,
         )  # fmt: skip
 
