@@ -343,7 +343,8 @@ class Backprop(Gradient):
         output = layout.unpack(z)
         return replace(
             found, z=output, converged=found.residual <= solver.tol, steps=count, evaluations=count,
-            calls=problem.calls, samples=problem.samples, max_iter=steps, states=[layout.unpack(states[p]) if p in states else output for p in states_at],
+            calls=problem.calls, samples=problem.samples, max_iter=steps,
+            states=[layout.unpack(states[p]) if p in states else output for p in states_at],
             trajectory=[layout.unpack(states[p].detach()) for p in range(steps)] if trajectory else None,
         )  # fmt: skip
 

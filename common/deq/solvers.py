@@ -295,7 +295,8 @@ class Broyden(Solver):
     def _remember(self, state: dict[str, Tensor], pair: int, used: int, point) -> None:
         """Put step number `pair`, which led to the point, into the history: in the oldest one's place when it is full.
 
-        A sample that only waits for others takes no step: it must not forget a pair for that.
+        A sample that only waits for others takes no step: it must not forget a pair for that. Nor does it learn from
+        the step that ended it, as none does that ends alone (Shine reads what was learnt).
         """
         slot, taken = pair % self.pairs, pair >= self.pairs
         g = point.gz
@@ -316,6 +317,7 @@ class Broyden(Solver):
         left = combine(row, known)
         complement = torch.linalg.vecdot(s, y).double() - torch.linalg.vecdot(row, right)
         sound = complement.abs() > 1e-12 * torch.linalg.vecdot(s, s)  # false for what is not finite, too
+        sound = sound & point.running
         over = torch.where(sound, complement.reciprocal(), 0.0)[:, None]
         known += right.unsqueeze(2) * (left * over).unsqueeze(1)
         known[:, :, slot] = -right * over
