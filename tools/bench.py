@@ -10,6 +10,8 @@ measured in a process of its own. Nothing here is asserted: the tables are for r
     cases(options) -> [case]     strings; every variant is timed in every case
     variants_of(case, options)   optional: the variants of one case, its own baseline first
     make(variant, options)       -> step(case, repeat) -> {column: number}; equal (case, repeat) = equal random draws
+    remarks(rows) -> [sentence]  optional: what the table says, printed below it
+    plot(rows, path)             optional: a picture of its own instead of bars
 """
 
 import argparse
@@ -195,12 +197,14 @@ def run(name: str, benchmark: ModuleType, options: argparse.Namespace, arguments
                      for row in summarise(records)]
     for title, part in tables(name, rows):
         report.print_table(title, part)
+    remarks = getattr(benchmark, "remarks", lambda rows: [])(rows)
+    print(*remarks, sep="\n", end="\n" * bool(remarks))
     out = Path(options.out)
     written = report.write_table(out, name, rows)
-    plot(rows, out / f"{name}.png")
+    getattr(benchmark, "plot", plot)(rows, out / f"{name}.png")
     write_json(out / f"{name}.json", {
         "says": benchmark.SAYS, "arguments": list(arguments), "load": load_before, **facts, "measured": raw,
-        "memory_mib": [{"variant": v, "case": c, "mib": m} for (v, c), m in memory.items()]})
+        "remarks": remarks, "memory_mib": [{"variant": v, "case": c, "mib": m} for (v, c), m in memory.items()]})
     for path in [*written, out / f"{name}.png", out / f"{name}.json"]:
         print(path)
     return rows

@@ -242,7 +242,7 @@ def _gram(bases: Tensor) -> Tensor:
 
 
 def _has_values(x: Tensor) -> bool:
-    return not (torch.compiler.is_compiling() or isinstance(x, FakeTensor))
+    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
