@@ -43,6 +43,13 @@ def test_cosine_and_poly_ends():
     assert Poly(total=10, power=2)(5) == 0.25
 
 
+def test_poly_in_stairs():
+    stairs, line = Poly(total=100, power=0.9, every=10), Poly(total=100, power=0.9)
+    assert [stairs(s) for s in (0, 9, 10, 19, 95, 100)] == [line(s) for s in (0, 0, 10, 10, 90, 100)]
+    ramped = Poly(total=100, warmup=20, every=10)
+    assert ramped(15) == 0.75, "the warm-up stays a line"
+
+
 @pytest.mark.parametrize("schedule", ALL, ids=lambda s: type(s).__name__)
 def test_pickles_and_drives_lambda_lr(schedule):
     assert pickle.loads(pickle.dumps(schedule)) == schedule
@@ -62,6 +69,7 @@ def test_pickles_and_drives_lambda_lr(schedule):
         lambda: InverseSqrt(reference=0),
         lambda: Cosine(total=0),
         lambda: Poly(total=-1),
+        lambda: Poly(total=10, every=0),
     ],
 )
 def test_bad_arguments(make):

@@ -147,6 +147,20 @@ def test_means_over_the_split_finalised_with_solver_statistics(split, toy):
     assert run.data.was_set_up == ["test"] and run.evaluation.floor(run.data) == {}
 
 
+def test_a_sum_may_be_a_matrix(split, monkeypatch):
+    run = split()
+    batches = list(run.data.eval_batches("test"))
+
+    def step(batch):
+        return {"loss": (torch.tensor(2.0), len(batch["label"])), "matrix": (torch.ones(2, 2, dtype=torch.int64), 10)}
+
+    monkeypatch.setattr(run.module, "evaluation_step", step)
+    monkeypatch.setattr(run.module, "finalise", lambda means: {"loss": means["loss"], "trace": means["matrix"].trace()})
+    found = run.evaluation.run(run.module, run.data)
+    assert found["trace"].value == pytest.approx(2 * 1 / 10) and found["trace"].samples == 50
+    assert found["loss"].value == pytest.approx(2.0 * len(batches) / 50)
+
+
 def test_samples_limit_the_batches(split):
     run = split("evaluate.samples=21", "evaluate.curve_samples=5", "evaluate.curve_split=train")
     assert run.evaluation.run(run.module, run.data)["loss"].samples == 40, "whole batches of 20"
@@ -211,3 +225,6 @@ def test_ranks_add_up(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather, raising=False)
     assert evaluate._add_up(shares[0]) == {"loss": (7.0, 7.0), "nfe": (8.0, 2.0)}
+    shares[:] = [{"matrix": (torch.eye(2), 1.0)}, {"matrix": (torch.ones(2, 2), 2.0)}]
+    total, count = evaluate._add_up(shares[0])["matrix"]
+    assert total.tolist() == [[2, 1], [1, 2]] and count == 3.0

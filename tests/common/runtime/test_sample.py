@@ -1,6 +1,7 @@
 """task=sample and task=export: pictures, arrays, and the same image again from three lines of Python."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from common.errors import UserError
 from common.metrics.images import to_uint8
 from common.runtime.checkpoint import list_checkpoints
 from common.runtime.fit import export_task
-from common.runtime.sample import chosen_classes, sample_task
+from common.runtime.sample import chosen_classes, sample_task, show_samples
 
 
 @pytest.fixture
@@ -108,3 +109,40 @@ def test_sampling_needs_no_metric(trained, composed, tmp_path):
     checkpoint = list_checkpoints(trained / "checkpoints")[0]
     sample_task(composed(tmp_path / "run", "task=sample", f"resume={checkpoint}", "evaluate=fid", "sample.samples=1",
                          f"paths.weights={tmp_path}"))  # fmt: skip
+
+
+def test_a_users_files_are_for_networks_that_read_them(trained, composed, tmp_path):
+    checkpoint = list_checkpoints(trained / "checkpoints")[0]
+    with pytest.raises(UserError, match=r"sample.input=here is given, but this network makes images from noise"):
+        sample_task(composed(tmp_path / "run", "task=sample", f"resume={checkpoint}", "sample.input=here"))
+
+
+@pytest.fixture
+def reading(tmp_path):
+    """reading(input) -> (what the module was asked, what the data were asked) of a network that reads files."""
+
+    def run(given):
+        module, data = torch.nn.Identity(), SimpleNamespace(calls=[])
+        module.asked = []
+        module.refresh = lambda: None
+        module.show = lambda data, folder, **words: module.asked.append(("show", folder, words)) or [folder / "a.png"]
+        module.show_files = lambda files, data, folder: module.asked.append(("files", files, folder)) or [folder]
+        data.check = lambda: data.calls.append("check")
+        data.setup = lambda stage: data.calls.append(stage)
+        sample = SimpleNamespace(input=given, seed=3, samples=4)
+        assembled = SimpleNamespace(cfg=SimpleNamespace(sample=sample), module=module, data=data, folder=tmp_path)
+        show_samples(assembled, {"file": "f", "average": "raw", "step": 1})
+        return module.asked, data.calls
+
+    return run
+
+
+def test_pictures_of_ones_own_need_no_data(reading, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    asked, calls = reading(str(tmp_path / "mine"))
+    assert asked == [("files", tmp_path / "mine", tmp_path / "samples/mine")] and calls == []
+    assert f"shown: {tmp_path / 'samples/mine'}" in capsys.readouterr().out
+    asked, calls = reading(None)
+    assert asked == [("show", tmp_path / "samples/seed3", {"samples": 4, "seed": 3})] and calls == ["check", "test"]
+    with pytest.raises(UserError, match=r"sample.input=.*gone does not exist. Set it to a folder of pictures"):
+        reading(str(tmp_path / "gone"))

@@ -124,3 +124,19 @@ def test_a_real_run_gives_its_network(trained):
     assert all(not name.startswith("net.") for name in tensors)
     stored = torch.load(path, weights_only=True)["averages"]["half"]
     assert torch.equal(tensors["model.layer_in.weight"], stored["net.model.layer_in.weight"])
+
+
+def test_a_network_may_complete_the_tensors_of_a_file(tmp_path):
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part, self.head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+
+        def prepare_weights(self, tensors):
+            return {**self.state_dict(), **{f"part.{name}": tensor for name, tensor in tensors.items()}}
+
+    net, part = Whole(), torch.nn.Linear(2, 2)
+    head = net.head.weight.clone()
+    torch.save(part.state_dict(), tmp_path / "part.pth")
+    initialise(net, tmp_path / "part.pth")
+    assert torch.equal(net.part.weight, part.weight) and torch.equal(net.head.weight, head)
