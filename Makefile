@@ -3,6 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
 ARGS ?=
+BENCH ?= ect deq
 
 EXPERIMENTS := $(sort $(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml)))
 CLAIMS := $(sort $(patsubst conf/claim/%.yaml,%,$(wildcard conf/claim/*.yaml)))
@@ -49,8 +50,8 @@ check: install ## compose, check and fake-run every experiment
 doctor: install ## what works on this machine, and why not
 	$(PY) -m tools.doctor $(ARGS)
 
-bench: install ## step time of ECT against the published procedure
-	$(PY) -m tools.bench ect $(ARGS)
+bench: install ## times against the published procedures; one alone: BENCH=deq
+	@set -e; for name in $(BENCH); do $(PY) -m tools.bench $$name $(ARGS); done
 
 claims: install ## every small claim: runs, verdicts, records
 	$(PY) -m tools.claim --all $(ARGS)

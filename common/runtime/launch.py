@@ -62,7 +62,7 @@ def help_text(conf: Path) -> str:
         "",
         "  task=fit      train, or continue the newest complete checkpoint (default)",
         "  task=test     the paper's metrics beside the published numbers",
-        "  task=sample   images: grid, single PNGs and npz",
+        "  task=sample   what the network makes: images (grid, PNGs, npz), predictions, text, reconstructions",
         "  task=export   safetensors + configuration that load without Hydra",
         "  task=plan     parameters, FLOPs and memory, without allocating anything",
         "  -m            sweep over comma-separated values; table and plot at the end",
