@@ -16,7 +16,7 @@ from common.data.images import to_unit_range
 from common.data.paired import IGNORE, PairedAugment, check_fit, resized, scaled_size
 from common.data.palette import Palette
 from common.data.restart import Batches, CountedBatches, RestartingDataModule
-from common.data.sampler import check_batch_size, epoch_order
+from common.data.sampler import check_batch_size
 from common.data.segmentation_pairs import Pairs, SegmentationSource, check_pairs
 from common.data.source import check_split
 from common.errors import UserError, nearest
@@ -185,16 +185,6 @@ class SegmentationDataModule(RestartingDataModule):
             count=len(pairs), sizes=sizes, batch_size=self.eval_batch_size, rank=rank, world_size=world_size
         )
         return self._loader(CountedBatches, _WholePairs(pairs, self.eval_fit), sampler)
-
-    def drawn_batches(self, split: str, count: int, seed: int) -> Iterator[dict[str, Tensor]]:
-        """`count` pictures of the split (all of a smaller one), drawn by `seed`, as evaluation batches of one."""
-        pairs = self.pairs(split)
-        whole = _WholePairs(pairs, self.eval_fit)
-        for index in epoch_order(seed, 0, len(pairs))[:count].tolist():
-            batch = whole[(index, index)]
-            if "error" in batch:
-                raise UserError(batch["error"])
-            yield batch
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """Pictures float and masks whole numbers on the device: an eighth of the bytes travels."""
