@@ -15,7 +15,7 @@ def check_inputs(
 
     net             has img_resolution, in_channels, label_dim, augment_dim
     x               (B, in_channels, img_resolution, img_resolution)
-    noise_labels    (B,) or (1,)
+    noise_labels    (B,) or (1,); (B, num_times) or (1, num_times) for a net with num_times above 1
     class_labels    one-hot (B or 1, label_dim) or None
     augment_labels  (B or 1, augment_dim) or None
     Raises UserError when a shape does not fit.
@@ -27,8 +27,11 @@ def check_inputs(
             "Set img_resolution and the channel count of the network to those of the data."
         )
     batch = x.shape[0]
-    if noise_labels.ndim != 1 or noise_labels.shape[0] not in (1, batch):
-        raise UserError(f"noise_labels must have shape ({batch},) or (1,), got {tuple(noise_labels.shape)}.")
+    num_times = getattr(net, "num_times", 1)
+    each = (num_times,) if num_times > 1 else ()
+    if noise_labels.ndim == 0 or noise_labels.shape[0] not in (1, batch) or noise_labels.shape[1:] != each:
+        want = " or ".join(str((rows, *each)) for rows in (batch, 1))
+        raise UserError(f"noise_labels must have shape {want}, got {tuple(noise_labels.shape)}.")
     _check_labels("class_labels", "label_dim", class_labels, net.label_dim, batch)
     _check_labels("augment_labels", "augment_dim", augment_labels, net.augment_dim, batch)
     if not net.label_dim:

@@ -34,7 +34,7 @@ class MLPDenoiser(nn.Module):
     width, depth   hidden width and number of residual blocks
     emb_channels   width of the noise embedding, given to every layer beside the activations
     fourier_scale  spread of the random frequencies the noise label meets; small = smooth in the noise level
-    label_dim, augment_dim, dropout   as in SongUNet
+    label_dim, augment_dim, dropout, num_times   as in SongUNet
     Plain on purpose: the noise embedding is concatenated, nothing is normalised or rescaled. Other residual MLPs tried
     on the digits collapsed in consistency training once the gap t - r fell below about t/16 (the card of ECT says
     which); this one did not in any run.
@@ -53,10 +53,11 @@ class MLPDenoiser(nn.Module):
         emb_channels: int = 64,
         dropout: float = 0,
         fourier_scale: float = 0.1,
+        num_times: int = 1,
     ):
         super().__init__()
         check_positive(img_resolution=img_resolution, in_channels=in_channels, out_channels=out_channels)
-        check_positive(width=width, depth=depth, emb_channels=emb_channels)
+        check_positive(width=width, depth=depth, emb_channels=emb_channels, num_times=num_times)
         check_label_dims(label_dim=label_dim, augment_dim=augment_dim)
         self.img_resolution = img_resolution
         self.in_channels = in_channels
@@ -66,7 +67,8 @@ class MLPDenoiser(nn.Module):
         self.dropout = check_probability("dropout", dropout)
         area = img_resolution**2
         self.map_noise = FourierEmbedding(num_channels=2 * ((emb_channels + 1) // 2), scale=fourier_scale)
-        emb_channels = 2 * len(self.map_noise.freqs)
+        self.num_times = num_times
+        emb_channels = 2 * len(self.map_noise.freqs) * num_times
         self.map_label = self.map_augment = None
         if label_dim:
             self.map_label = Linear(in_features=label_dim, out_features=emb_channels, bias=False)
@@ -97,7 +99,7 @@ class MLPDenoiser(nn.Module):
         class_labels = check_inputs(self, x, noise_labels, class_labels, augment_labels)
         masks = feed_masks(dropout_masks, len(self._dropout_layers()), x.shape[0]) if self.training else None
 
-        emb = self.map_noise(noise_labels).expand(x.shape[0], -1)
+        emb = self.map_noise(noise_labels.flatten()).reshape(noise_labels.shape[0], -1).expand(x.shape[0], -1)
         if self.map_label is not None:
             # sqrt(label_dim) brings a one-hot row to unit variance.
             emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))

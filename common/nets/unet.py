@@ -80,6 +80,7 @@ class SongUNet(UNetBase):
     encoder_type             "standard" (DDPM++), "residual" (NCSN++) or "skip"
     decoder_type             "standard" or "skip"
     resample_filter          (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++
+    num_times                noise labels per sample, their embeddings concatenated: 2 in MeanFlow (arXiv 2505.13447)
     Raises UserError for sizes that do not fit together.
     """
 
@@ -104,6 +105,7 @@ class SongUNet(UNetBase):
         decoder_type: str = "standard",
         resample_filter: Sequence[int] = (1, 1),
         fourier_scale: float = 16,
+        num_times: int = 1,
     ):
         super().__init__(
             img_resolution=img_resolution,
@@ -117,9 +119,11 @@ class SongUNet(UNetBase):
         check_choice("embedding_type", embedding_type, ("positional", "fourier"))
         check_choice("encoder_type", encoder_type, ("standard", "skip", "residual"))
         check_choice("decoder_type", decoder_type, ("standard", "skip"))
-        check_positive(model_channels=model_channels, num_blocks=num_blocks)
+        check_positive(model_channels=model_channels, num_blocks=num_blocks, num_times=num_times)
         check_pyramid(img_resolution, channel_mult, attn_resolutions)
+        self.num_times = num_times
         noise_channels = model_channels * channel_mult_noise
+        times_channels = noise_channels * num_times
         emb_channels = model_channels * channel_mult_emb
         init = dict(init_mode="xavier_uniform")
         init_zero = dict(init_mode="xavier_uniform", init_weight=1e-5)
@@ -151,10 +155,10 @@ class SongUNet(UNetBase):
             self.map_noise = FourierEmbedding(num_channels=noise_channels, scale=fourier_scale)
         self.map_label = self.map_augment = None
         if label_dim:
-            self.map_label = Linear(in_features=label_dim, out_features=noise_channels, **init)
+            self.map_label = Linear(in_features=label_dim, out_features=times_channels, **init)
         if augment_dim:
-            self.map_augment = Linear(in_features=augment_dim, out_features=noise_channels, bias=False, **init)
-        self.map_layer0 = Linear(in_features=noise_channels, out_features=emb_channels, **init)
+            self.map_augment = Linear(in_features=augment_dim, out_features=times_channels, bias=False, **init)
+        self.map_layer0 = Linear(in_features=times_channels, out_features=emb_channels, **init)
         self.map_layer1 = Linear(in_features=emb_channels, out_features=emb_channels, **init)
 
         # Encoder: `width` is the running channel count, `side` that of the image pyramid beside it.
@@ -217,13 +221,15 @@ class SongUNet(UNetBase):
     ) -> Tensor:
         """x (B, C, R, R), noise_labels (B,), one-hot class_labels (B, label_dim), augment_labels (B, augment_dim).
 
+        noise_labels are (B, num_times) where num_times > 1.
         dropout_masks, used in training only, come from draw_dropout; None drops at random. Raises UserError.
         """
         class_labels = check_inputs(self, x, noise_labels, class_labels, augment_labels)
         masks = self._feed(dropout_masks, x.shape[0])
 
-        cos, sin = self.map_noise(noise_labels).chunk(2, dim=1)
+        cos, sin = self.map_noise(noise_labels.flatten()).chunk(2, dim=1)
         emb = torch.cat([sin, cos], dim=1)  # the order score_sde uses
+        emb = emb.reshape(noise_labels.shape[0], -1)  # several times side by side
         if self.map_label is not None:
             class_labels = self._drop_labels(class_labels, masks, x.shape[0])
             emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
