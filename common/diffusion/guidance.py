@@ -26,14 +26,17 @@ class _Wrapped:
 
 
 class Conditional(_Wrapped):
-    """net with fixed class labels: D(x, sigma | labels). class_labels (B, label_dim) one-hot or None."""
+    """net with fixed class labels: D(x, sigma | labels). class_labels (B, label_dim) one-hot or None.
+
+    A generator of one call (`common.diffusion.sample.Direct`) is called without sigma.
+    """
 
     def __init__(self, *, net: Callable, class_labels: Tensor | None = None):
         super().__init__(net)
         self.class_labels = class_labels
 
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        return self.net(x, sigma, class_labels=self.class_labels)
+    def __call__(self, x: Tensor, *sigma: Tensor) -> Tensor:
+        return self.net(x, *sigma, class_labels=self.class_labels)
 
 
 class _Guided(_Wrapped, ABC):

@@ -243,6 +243,38 @@ class FlowEuler:
         return x.to(z.dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Direct:
+    """x = generator(z): the network itself maps noise to images, as the generator of a GAN does. nfe = 1.
+
+    truncation  t > 0: z from the normal distribution cut off at -t and t (the same z moved there, so that image i stays
+                image i); fewer kinds of images, each more typical. None: as trained
+    """
+
+    truncation: float | None = None
+
+    def __post_init__(self):
+        if self.truncation is not None:
+            limits.number("truncation", self.truncation, above=0)
+
+    @property
+    def nfe(self) -> int:
+        return 1
+
+    @torch.no_grad()
+    def __call__(self, generator: Callable, z: Tensor, noise: Callable | None = None) -> Tensor:
+        if self.truncation is not None:
+            # by the quantiles: the share of the distribution below stays; in float64, whose tails reach far enough
+            t = math.erf(self.truncation / math.sqrt(2))
+            z = (torch.erfinv(t * torch.erf(z.double() / math.sqrt(2))) * math.sqrt(2)).to(z.dtype)
+        return generator(z)
+
+
+def noise_shape(net) -> tuple[int, ...]:
+    """Shape of the noise one image starts from: what the network says, else that of the image."""
+    return tuple(getattr(net, "noise_shape", None) or (net.img_channels, net.img_resolution, net.img_resolution))
+
+
 BLOCK = 64  # images drawn together; part of the definition of "image i", never change it
 
 
@@ -251,7 +283,7 @@ class ImageNoise:
     order and on any device (drawn on the CPU).
 
     seed      any int; indices: image numbers >= 0 of this batch, in order
-    shape     (C, H, W)
+    shape     (C, H, W), or (z_dim,) for a generator that starts from a vector
     device, dtype   of the returned tensors
     """
 

@@ -21,7 +21,8 @@ class WeightAverages(Callback):
               null takes an inherited entry away
     every     update every k optimiser steps with the decay of k steps' worth of images
 
-    Memory: one float copy of the parameters per profile. Buffers are not averaged: evaluation uses the current ones.
+    Memory: one float copy of the parameters per profile, but for those under the module's `unaveraged` prefixes.
+    Buffers are not averaged: evaluation uses the current ones.
     Saved in the checkpoint under "averages" as plain tensors.
     """
 
@@ -41,7 +42,8 @@ class WeightAverages(Callback):
         self._pending: dict | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        named = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        left_out = tuple(getattr(pl_module, "unaveraged", ()))
+        named = {n: p for n, p in pl_module.named_parameters() if p.requires_grad and not n.startswith(left_out)}
         restored = self._pending or {}
         for profile in self.profiles:
             if profile in restored:

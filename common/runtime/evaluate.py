@@ -30,6 +30,7 @@ class Evaluation:
     every_n_steps        optimiser steps between two points of the curve, None: only at the end
     curve_samples        images per point of the curve
     at_start             the curve begins with the initial weights
+    reference            split of the real images the generated ones are compared with
     floor                also the distance of held-out real images (split "test") from the training images
     rounding, ddof, inception_score, precision_recall, cache_dir   see `GeneratorEvaluation`
 
@@ -54,6 +55,7 @@ class Evaluation:
         inception_score: bool = False,
         precision_recall: bool = False,
         cache_dir: str = ".cache/metrics",
+        reference: str = "train",
     ):
         index_batches(samples, batch_size, "evaluate")
         index_batches(curve_samples, batch_size, "evaluate")
@@ -61,6 +63,7 @@ class Evaluation:
         self.every_n_steps, self.curve_samples, self.at_start, self.with_floor = (
             every_n_steps, curve_samples, at_start, floor,
         )  # fmt: skip
+        self.reference = reference
         self.samplers = {name: sampler for name, sampler in samplers.items() if sampler is not None}
         self.extractors = [extractor for extractor in extractors.values() if extractor is not None]
         self._options = dict(
@@ -77,6 +80,11 @@ class Evaluation:
             raise UserError(
                 f"evaluate measures generated images, but {type(module).__name__} makes none. Set evaluate=split."
             )
+        if self and self.reference not in data.splits:
+            raise UserError(
+                f"evaluate.reference={self.reference} is no split of the data. {nearest(self.reference, data.splits)}"
+                f"Splits: {', '.join(data.splits)}."
+            )
 
     def curve(self, module: GenerativeModule, data) -> dict[str, Measurement]:
         """`run` with the images of one point of the curve."""
@@ -90,7 +98,7 @@ class Evaluation:
         judge = GeneratorEvaluation(
             extractors=self.extractors, samples=samples, device=str(module.device), **self._options
         )
-        reference = SplitImages(data=data)
+        reference = SplitImages(data=data, split=self.reference)
         results: dict[str, Measurement] = {}
         for name, sampler in self.samplers.items():
             started = time.perf_counter()

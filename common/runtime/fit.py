@@ -82,8 +82,24 @@ def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
         module.picture_sampler = sampler
     if evaluation:
         evaluation.check(module, data)
+    if training and not module.automatic_optimization:
+        _check_manual(cfg)
     apply_speed(module, cfg)
     return Assembled(cfg, plain, Path(cfg.run.dir), data, module, sampler, evaluation)
+
+
+def _check_manual(cfg: DictConfig) -> None:
+    """Raises UserError for what a module that alternates between its optimisers cannot have."""
+    if cfg.trainer.accumulate_grad_batches != 1 or cfg.trainer.gradient_clip_val is not None:
+        raise UserError(
+            "This experiment alternates between two optimisers: set trainer.accumulate_grad_batches=1 and "
+            "trainer.gradient_clip_val=null. For large batches use more processes."
+        )
+    if OmegaConf.select(cfg, "trainer.strategy.find_unused_parameters") is False:
+        raise UserError(
+            "This experiment alternates between two optimisers, and each backward pass reaches the parameters of one: "
+            "set trainer.strategy.find_unused_parameters=true."
+        )
 
 
 def build_evaluation(cfg: DictConfig, *, training: bool) -> Evaluation | SplitEvaluation:

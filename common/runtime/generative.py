@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.diffusion.guidance import Conditional
-from common.diffusion.sample import ImageNoise
+from common.diffusion.sample import ImageNoise, noise_shape
 from common.errors import UserError
 from common.runtime.callbacks import write_grid
 from common.runtime.module import ResearchModule
@@ -16,9 +16,11 @@ from common.runtime.module import ResearchModule
 class GenerativeModule(ResearchModule):
     """Abstract: a `ResearchModule` whose network turns noise into images.
 
-    A paper's module implements `training_step` and, where its generator is not `net(x, sigma)`, `denoiser`.
+    A paper's module implements `training_step` and, where its generator is neither `net(x, sigma)` nor `net(z)`,
+    `denoiser`.
 
-    net        preconditioned network (`common.diffusion.precond`), in state-dict keys `net.model.*`
+    net        preconditioned network (`common.diffusion.precond`), in state-dict keys `net.model.*`; or a generator of
+               one call, for the sampler `Direct`, with the shape of its noise as `noise_shape`
     optimizer, schedule   see `ResearchModule`
     """
 
@@ -61,8 +63,7 @@ class GenerativeModule(ResearchModule):
         was_training = self.net.training
         self.net.eval()
         try:
-            shape = (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
-            noise = ImageNoise(seed=seed, indices=indices, shape=shape, device=self.device)
+            noise = ImageNoise(seed=seed, indices=indices, shape=noise_shape(self.net), device=self.device)
             if labels is None and self.net.label_dim:
                 labels = noise.labels(self.net.label_dim)
             return sampler(self.denoiser(labels), noise.z, noise.noise)

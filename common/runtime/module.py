@@ -26,6 +26,7 @@ class ResearchModule(LightningModule):
 
     unit = "samples"  # what a batch is made of, in words: `perf/<unit>_per_s`
     uses_sampler = False  # whether `sample.sampler` means anything to it
+    unaveraged: tuple[str, ...] = ()  # prefixes of parameters (`net.<...>`) that running averages leave out
     idle_parameters: tuple[str, ...] = ()  # prefixes of parameters of `raw` that a plain training step leaves alone
 
     def __init__(self, *, net: nn.Module, optimizer: Callable, schedule: Callable | None = None):
@@ -83,6 +84,15 @@ class ResearchModule(LightningModule):
     def fake_batch(self, samples: int):
         """A batch in the shapes of the data contract, called inside a FakeTensorMode: it holds no memory."""
         raise NotImplementedError(f"{type(self).__name__} needs fake_batch(samples): the shapes of one batch.")
+
+    def fake_step(self, batch) -> Tensor:
+        """The loss whose one backward pass costs what a training step costs, for planning on fake tensors.
+
+        `training_step` by default; a module with manual optimisation adds up its losses, since there is no optimiser
+        and no trainer here.
+        """
+        loss = self.training_step(batch, 0)
+        return loss["loss"] if isinstance(loss, dict) else loss
 
     def refresh(self) -> None:
         """Called when the weights were exchanged (an average, a checkpoint): bring up to date what hangs on them."""

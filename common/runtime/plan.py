@@ -118,8 +118,7 @@ def fake_training_step(cfg: DictConfig, images: int) -> tuple[ResearchModule, fl
     counter.mod_tracker = _NoModules()
     with mode, counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         with autocast:
-            loss = module.training_step(module.fake_batch(images), 0)
-        loss = loss["loss"] if isinstance(loss, dict) else loss
+            loss = module.fake_step(module.fake_batch(images))
         loss.backward()
     return module, float(counter.get_total_flops()), sum(kept.values())
 
@@ -141,6 +140,8 @@ def make_plan(cfg: DictConfig) -> Plan:
     local = micro_batch(cfg.data.batch_size, world, accumulate)
     module, flops, activations = fake_training_step(cfg, local)
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    left_out = tuple(module.unaveraged)
+    averaged = sum(p.numel() for n, p in module.named_parameters() if p.requires_grad and not n.startswith(left_out))
     weights = sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
     strategy = OmegaConf.select(cfg, "trainer.strategy._target_", default="") or ""
     shard = world if strategy.endswith("FSDPStrategy") else 1
@@ -153,7 +154,7 @@ def make_plan(cfg: DictConfig) -> Plan:
         weight_bytes=weights // shard,
         gradient_bytes=4 * trainable // shard,
         optimizer_bytes=int(optimizer_bytes_per_element(module.make_optimizer) * trainable) // shard,
-        average_bytes=4 * trainable * len(cfg.ema.profiles) if cfg.ema else 0,
+        average_bytes=4 * averaged * len(cfg.ema.profiles) if cfg.ema else 0,
         activation_bytes=activations,
         steps=cfg.trainer.max_steps,
         images=cfg.trainer.max_steps * cfg.data.batch_size,

@@ -24,7 +24,7 @@ from common.weights.load import load_into, load_tensors
 FORMAT = "onestep-export-1"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # An export may come from elsewhere: only networks and samplers, nothing that reads, writes or downloads.
-EXPORT_TARGETS = ("common.nets.", "common.deq.", "common.diffusion.", "projects.", "torch.nn.")
+EXPORT_TARGETS = ("common.nets.", "common.deq.", "common.ham.", "common.diffusion.", "projects.", "torch.nn.")
 
 
 def export(
@@ -105,7 +105,7 @@ class Exported:
         Raises UserError for n < 1, batch_size < 1, labels that do not fit, or an export without sampler.
         """
         from common.diffusion.guidance import Conditional
-        from common.diffusion.sample import ImageNoise
+        from common.diffusion.sample import ImageNoise, noise_shape
 
         for field, value in (("n", n), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
@@ -115,11 +115,10 @@ class Exported:
             raise UserError(f"{self.folder} was exported without a sampler. Give one: sample(n, sampler=...).")
         classes = self._classes(n, labels)
         device = next(self.net.parameters()).device
-        shape = (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
         images = []
         for start in range(0, n, batch_size):
             rows = range(start, min(start + batch_size, n))
-            noise = ImageNoise(seed=seed, indices=[first + i for i in rows], shape=shape, device=device)
+            noise = ImageNoise(seed=seed, indices=[first + i for i in rows], shape=noise_shape(self.net), device=device)
             hot = None
             if self.net.label_dim:
                 chosen = noise.labels(self.net.label_dim) if classes is None else classes[list(rows)].to(device)

@@ -9,7 +9,7 @@ import torch
 
 from common.diffusion.guidance import CFG, Autoguidance, Conditional
 from common.diffusion.paths import VE, VP, DiscreteVP, Linear
-from common.diffusion.sample import DDIM, Euler, FlowEuler, Heun, ImageNoise, Multistep, karras_grid
+from common.diffusion.sample import DDIM, Direct, Euler, FlowEuler, Heun, ImageNoise, Multistep, karras_grid
 from common.errors import UserError
 
 STD = 0.5
@@ -48,6 +48,22 @@ def test_heun_is_second_order_and_euler_first():
     euler = [relative_error(Euler(steps=n)) for n in (256, 512, 1024)]
     assert all(1.9 < math.log2(a / b) < 2.2 for a, b in pairwise(heun))
     assert all(0.9 < math.log2(a / b) < 1.1 for a, b in pairwise(euler))
+
+
+def test_direct_calls_once_and_truncates_by_quantiles():
+    calls = []
+    z = torch.randn(40_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Direct()(lambda x: calls.append(x) or 2 * x, z), 2 * z) and len(calls) == 1
+    assert Direct().nfe == 1
+    cut = Direct(truncation=0.8)(lambda x: x, z)
+    assert cut.abs().max() < 0.8 and torch.equal(cut.argsort(dim=0), z.argsort(dim=0))
+    normal = torch.distributions.Normal(0.0, 1.0)
+    inside = normal.cdf(torch.tensor(0.8)) - normal.cdf(torch.tensor(-0.8))
+    for at in (-0.5, 0.0, 0.3, 0.7):  # the distribution function of the truncated normal
+        want = (normal.cdf(torch.tensor(at)) - normal.cdf(torch.tensor(-0.8))) / inside
+        assert (cut < at).double().mean().item() == pytest.approx(want.item(), abs=0.01)
+    far = Direct(truncation=2.0)(lambda x: x, torch.tensor([[-40.0, 40.0]]))
+    torch.testing.assert_close(far, torch.tensor([[-2.0, 2.0]]))
 
 
 def test_karras_grid():

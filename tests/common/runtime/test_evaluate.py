@@ -53,6 +53,15 @@ def test_names_and_records(run):
     assert list(floor) == ["fd_pixels_floor"] and 0 < floor["fd_pixels_floor"].value < record.value
 
 
+def test_the_reference_is_the_split_asked_for(run):
+    record = Evaluation(**options(reference="test")).run(run.module, run.data)["fd_pixels_one_step"]
+    usual = Evaluation(**options()).run(run.module, run.data)["fd_pixels_one_step"]
+    assert usual.reference.startswith("digits/train") and record.reference.startswith("digits/test")
+    assert usual.value != record.value
+    with pytest.raises(UserError, match=r"evaluate.reference=tset is no split .* Closest: test. Splits: train, test"):
+        Evaluation(**options(reference="tset")).check(run.module, run.data)
+
+
 def test_the_batch_size_changes_nothing(run):
     whole = Evaluation(**options(batch_size=70)).run(run.module, run.data)["fd_pixels_one_step"]
     parts = Evaluation(**options(batch_size=13)).run(run.module, run.data)["fd_pixels_one_step"]

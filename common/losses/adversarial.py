@@ -1,0 +1,19 @@
+"""Losses of a discriminator and its generator, from the discriminator's logits: larger means more real."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Mean of max(0, 1 - D(x)) over real images plus mean of max(0, 1 + D(G(z))) over generated ones, a scalar.
+
+    real, fake  (B, ...) logits. 2 when the discriminator says 0 to everything, 0 when it keeps both beyond the margin.
+
+    Geometric GAN (arXiv 1705.02894), SAGAN (arXiv 1805.08318) equation 5.
+    """
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def hinge_generator_loss(fake: Tensor) -> Tensor:
+    """-mean D(G(z)), a scalar without a lower bound: its margin is the discriminator's. SAGAN equation 5."""
+    return -fake.mean()
