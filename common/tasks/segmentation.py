@@ -124,8 +124,8 @@ class Segmentation(ResearchModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
-        """Stored bases of the context module follow what the step has found."""
+    def on_before_optimizer_step(self, optimizer) -> None:
+        """Stored bases of the context module follow what the step has found, before a checkpoint looks at them."""
         update_bases(self.net)
         for part in self.net.modules():
             if isinstance(part, EMAttention):

@@ -193,13 +193,13 @@ def test_biases_are_a_group_of_their_own():
         module.configure_optimizers()
 
 
-def test_stored_bases_move_after_a_training_step():
+def test_stored_bases_move_with_a_training_step():
     net = Colours()
     net.ema, net.burger = EMAttention(3, 4, rank=2), Hamburger(3, 4, ham=NMF(rank=2), bases="online")
     module, x = task(net).train(), torch.rand(2, 3, 5, 5)
     before = [net.ema.bases.clone(), net.burger.ham.bases.clone()]
     net.burger(net.ema(x))
-    module.on_train_batch_end(None, None, 0)
+    module.on_before_optimizer_step(None)
     assert not any(torch.equal(a, b) for a, b in zip(before, (net.ema.bases, net.burger.ham.bases)))
 
 
