@@ -15,6 +15,7 @@ from common.ham.decompose import NMF
 from common.nets import context
 from common.nets.hamnet import HamNet, TimmBackbone
 from common.nets.van import VAN
+from common.runtime.check import check
 from common.runtime.launch import register_resolvers
 from common.weights.build import resolve
 from common.weights.load import load_into
@@ -172,6 +173,15 @@ def test_net_files_name_every_option(name):
     net = composed(f"net@project.net={name}").project.net
     for node, kind in ((net, HamNet), (net.backbone, resolve(net.backbone._target_)), (net.context, Hamburger)):
         assert set(node) - {"_target_"} == set(inspect.signature(kind).parameters)
+
+
+@pytest.mark.parametrize("experiment", ["hamburger_tiny", "hamburger_light_base", "hamburger_ade20k_r101"])
+@pytest.mark.parametrize("name", ["attention", "ham_cd", "none"])
+def test_experiments_take_any_context(experiment, name):
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[f"+experiment={experiment}", f"context@project.net.context={name}"])
+    check(cfg.project)
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "context").glob("*.yaml")))

@@ -336,5 +336,5 @@ def test_published_recipes_on_ade20k():
 def test_the_sweep_compares_every_module():
     text = (CONF / "sweep" / "hamburger_context.yaml").read_text()
     words = text.rsplit(":", 1)[1].strip().split(",")
-    assert words == ["ham_nmf", "ham_cd", "ham_vq", "attention", "ema", "a2", "psp", "aspp", "none"]
+    assert words == ["ham_nmf_r8", "ham_cd_r8", "ham_vq_r8", "attention", "ema", "a2", "psp", "aspp", "none"]
     assert set(words) <= {path.stem for path in (CONF / "context").glob("*.yaml")}
