@@ -70,7 +70,7 @@ class AverageVelocity(nn.Module):
         augment_labels: Tensor | None = None,
         dropout_masks: tuple[Tensor, ...] | None = None,
     ) -> Tensor:
-        """Average velocity over [r, t].
+        """Average velocity over [r, t], in the dtype of z.
 
         z              (B, C, R, R) at time t
         t, r           (B,) or numbers, 0 <= r <= t <= 1 (0 = data, 1 = noise); r may be left out if t alone is told
@@ -79,10 +79,11 @@ class AverageVelocity(nn.Module):
         Raises UserError.
         """
         values = [value for _, value in told(self.times, t, r, z)]
-        return self.model(
+        out = self.model(
             z,
             torch.stack(values, dim=1) if len(values) > 1 else values[0],
             class_labels=class_labels,
             augment_labels=augment_labels,
             dropout_masks=dropout_masks,
         )
+        return out.to(z.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from common.errors import UserError
-from common.nets.attention import attention
+from common.nets.attention import attention, in_forward_mode
 from common.nets.dropout import dropout
 from common.nets.inputs import attention_heads, check_choice
 
@@ -159,7 +159,15 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        if in_forward_mode() and torch.compiler.is_compiling():
+            # torch.compile cannot trace the tangent of the fused kernel (pytorch issue 152185).
+            groups = x.unflatten(1, (self.num_groups, -1)).flatten(2)
+            var, mean = torch.var_mean(groups, dim=2, correction=0, keepdim=True)
+            x = ((groups - mean) * torch.rsqrt(var + self.eps)).view_as(x)
+            shape = (-1, *[1] * (x.ndim - 2))
+            return x * weight.view(shape) + bias.view(shape)
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class UNetBlock(nn.Module):
