@@ -277,6 +277,8 @@ def finish(
             logger.log_metrics(values, step=max(trainer.global_step - 1, 0))
         logger.save()
     objective = next(iter(values.values()), _last_loss(trainer))
+    for callback in trainer.callbacks:  # what was seen on the way: `results`, name -> number
+        metrics.update(getattr(callback, "results", dict)())
     pictures = plot_curves(run.folder / "metrics.csv", run.folder / "pictures")
     write_result(
         run.folder, experiment=cfg.run.experiment, task=cfg.task, overrides=overrides, seed=cfg.seed,
