@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
+from common.deq.recompute import AsBefore, mem_gc
 from common.deq.solve import Problem, Solution, _iterate, solve
 from common.deq.solvers import Broyden, Picard, Solver
 from common.deq.structure import Layout, State
@@ -55,9 +55,9 @@ def _check_steps(steps: int, tau: float) -> None:
         raise UserError(f"grad.tau must lie in (0, 1], got {tau}. 1 is undamped; the paper uses 0.5 to 0.7 for MDEQ.")
 
 
-def _damped(problem: Callable[[Tensor], Tensor], z: Tensor, tau: float, recompute: bool) -> Tensor:
+def _damped(problem: Problem, z: Tensor, tau: float, recompute: bool) -> Tensor:
     """tau f(z) + (1 - tau) z; with `recompute` only z is kept for the backward pass."""
-    fz = checkpoint(problem, z, use_reentrant=False, preserve_rng_state=False) if recompute else problem(z)
+    fz = mem_gc(problem, (z,), module=problem.fn) if recompute else problem(z)
     return fz if tau == 1 else torch.lerp(z, fz, tau)
 
 
@@ -274,13 +274,14 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, point, problem, rule):
         ctx.problem, ctx.rule, ctx.autocast = problem, rule, _autocast_state(point.device.type)
+        ctx.before = AsBefore(problem.fn)
         ctx.save_for_backward(point)
         return image.view_as(image)
 
     @staticmethod
     def backward(ctx, grad):
         (saved,) = ctx.saved_tensors
-        with torch.enable_grad(), torch.autocast(saved.device.type, **ctx.autocast):
+        with ctx.before, torch.enable_grad(), torch.autocast(saved.device.type, **ctx.autocast):
             point = saved.detach().requires_grad_()
             image = ctx.problem(point)
         with torch.no_grad():

@@ -22,25 +22,27 @@ def mem_gc(func: Callable, in_args: Sequence | None = None, module: nn.Module | 
     run sees the held weights, variational masks and random numbers of the first, even when `reset` has come between.
     Memory: the arguments per call, and the activations of one call at a time in the backward pass.
     """
-    module = func if module is None and isinstance(func, nn.Module) else module
-    parts = [] if module is None else [part for part in module.modules() if isinstance(part, Norm | VariationalMask)]
+    module = func if module is None else module
 
     def contexts():
-        return nullcontext(), _AsBefore(parts)
+        return nullcontext(), AsBefore(module)
 
     return checkpoint(func, *(in_args or ()), use_reentrant=False, context_fn=contexts)
 
 
-class _AsBefore:
-    """A context, to be entered any number of times, in which the parts are as they were when it was made.
+class AsBefore:
+    """A context, to be entered any number of times: held weights and masks below `module` as when it was made.
+
+    module  any callable; what is no module has nothing held, and the context does nothing
 
     That is before the first run: a mask not drawn by then is drawn again, from the restored random state, so that
     what is drawn after it in the same call is the same too.
     """
 
-    def __init__(self, parts: list[nn.Module]):
-        self.parts = parts
-        self.entry = [part.current() if isinstance(part, Norm) else part.mask for part in parts]
+    def __init__(self, module: Callable):
+        parts = module.modules() if isinstance(module, nn.Module) else ()
+        self.parts = [part for part in parts if isinstance(part, Norm | VariationalMask)]
+        self.entry = [part.current() if isinstance(part, Norm) else part.mask for part in self.parts]
 
     def __enter__(self) -> None:
         self.now = _state(self.parts)

@@ -263,7 +263,7 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
     batch, device = len(z), z.device
     by_size, never = solver.stop != "abs", solver.stop == "never"
     best, best_abs = z, z.new_full((batch,), float("inf"))
-    best_rel = floor = best_abs  # floor: smallest residual since the sample last went back to its best state
+    best_rel = floor = best_abs  # floor: smallest absolute one since the sample last went back
     evaluations = torch.zeros(batch, dtype=torch.int64, device=device)  # of the samples that have ended
     converged = torch.zeros(batch, dtype=torch.bool, device=device)
     running = ~converged
@@ -286,7 +286,7 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
         lost = None
         if looks and not frozen and bool((better & (residual > solver.tol)).all()):
             # the usual step: everybody improves and goes on
-            best, best_abs, best_rel, floor = image, absolute, relative, residual
+            best, best_abs, best_rel, floor = image, absolute, relative, absolute
         else:
             best = torch.where(better[:, None], image, best)
             best_abs = torch.where(better, absolute, best_abs)
@@ -297,9 +297,9 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
                 converged = converged | (ended & running)
                 evaluations = torch.where(stopping, number, evaluations)
                 running = running & ~stopping
-                lost, frozen = solver.lost(residual, floor), True
+                lost, frozen = solver.lost(absolute, floor), True
                 if lost is not None:
-                    floor = torch.where(lost, float("inf"), torch.minimum(floor, residual))
+                    floor = torch.where(lost, float("inf"), torch.minimum(floor, absolute))
             if looks:
                 left, astray = torch.stack([running, running if lost is None else lost & running]).sum(1).tolist()
                 lost, frozen = lost if lost is not None and astray else None, left < len(running)

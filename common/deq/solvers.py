@@ -62,7 +62,7 @@ class Solver(ABC):
     def lost(self, residual: Tensor, floor: Tensor) -> Tensor | None:
         """(B,) bool: samples that must go back to their best state; None for solvers that never send one back.
 
-        residual  (B,) of this point
+        residual  (B,) absolute, of this point: a relative one ends near 1 however far a sample has gone
         floor     (B,) the smallest before it, since the start or since the sample last went back: the state it starts
                   from again is not held against it, or it would go back there for ever
         """

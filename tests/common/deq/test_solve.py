@@ -262,7 +262,8 @@ def test_a_map_that_is_never_finite(name, stop, bad):
 def test_norms_that_overflow_are_no_convergence(solver):
     huge = torch.full((1, 4), 1e20)  # its norm is inf in single precision; that of the step, 2e18, is not
     found = solve(lambda z: z * 1.01, huge, solver=solver)
-    assert not found.converged.any() and found.residual_rel.isinf().all(), (
+    measurable = found.z.norm(dim=1) < math.inf  # Anderson comes back to where norms are numbers
+    assert not found.converged.any() and (found.residual_rel.isinf() | measurable).all(), (
         "x / inf must not pass for a residual of zero"
     )
     found = solve(lambda z: torch.full_like(z, 1e25), torch.zeros(1, 4), solver=replace(solver, max_iter=1))
