@@ -134,3 +134,50 @@ class Autoguidance(_Guided):
 
     def weak(self, x, sigma):
         return self.guide(x, sigma, class_labels=self.class_labels)
+
+
+class BoundVelocity:
+    """u(z, t, r) of `common.diffusion.sample.AverageVelocitySteps`, class labels bound in. Without r: the velocity.
+
+    net           (z, t, r, class_labels=..., omega=..., t_min=..., t_max=...) -> (B, ...), in the type of its weights
+    class_labels  (B, label_dim) one-hot, or None
+    noise_scale   standard deviation of the noise at t = 1
+    guidance      the guidance scales the network was trained on, (low, high); None: it takes none
+    A call with omega outside them raises UserError.
+    """
+
+    def __init__(
+        self,
+        *,
+        net: Callable,
+        class_labels: Tensor | None = None,
+        noise_scale: float = 1.0,
+        guidance: tuple[float, float] | None = None,
+    ):
+        self.net, self.class_labels, self.noise_scale, self.guidance = net, class_labels, noise_scale, guidance
+
+    def __call__(
+        self,
+        z: Tensor,
+        t: Tensor,
+        r: Tensor | None = None,
+        omega: float | None = None,
+        t_min: float = 0.0,
+        t_max: float = 1.0,
+    ) -> Tensor:
+        parameters = getattr(self.net, "parameters", lambda: iter(()))
+        weight = next(parameters(), z)
+        z, t, r = (k.to(weight.dtype) for k in (z, t, t if r is None else r))
+        given = {} if self.class_labels is None else {"class_labels": self.class_labels}
+        if omega is not None:
+            if self.guidance is None:
+                raise UserError(f"omega={omega:g} is given, but this network was trained without it. Set omega=null.")
+            low, high = self.guidance
+            if not low <= omega <= high:
+                raise UserError(
+                    f"omega must lie in the trained range {low:g} to {high:g}, got {omega:g}. "
+                    f"Set omega={high:g} or less."
+                )
+            batch = lambda value: torch.full_like(t, value)
+            given |= {"omega": batch(omega), "t_min": batch(t_min), "t_max": batch(t_max)}
+        return self.net(z, t, r, **given)

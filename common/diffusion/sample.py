@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from common.diffusion import limits
-from common.diffusion.paths import Path
+from common.diffusion.paths import Path, expand
 from common.errors import UserError
 
 
@@ -240,6 +240,52 @@ class FlowEuler:
         x = z.to(torch.float64)
         for t, r in pairwise(times):
             x = x - (t - r) * _denoise(velocity, x, t)
+        return x.to(z.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageVelocitySteps:
+    """z_r = z_t - (t - r) u(z_t, t, r) over times from 1 (noise) to 0 (data); MeanFlow, iMF, pMF. nfe = steps.
+
+    The first argument of the call is an average velocity, u = velocity(z, t, r) with t, r (B,), not a denoiser
+    (`common.diffusion.guidance.BoundVelocity`). Its `noise_scale`, if it has one, multiplies the starting noise.
+    steps   uniform grid of so many intervals; ignored when `times` is given
+    times   own grid: the times between 1 and 0, decreasing, e.g. [0.5]; the steps are then one more
+    omega   guidance scale told to the network, inside the range it was trained on; None: a network without guidance
+    t_min, t_max   times between which it guides
+    """
+
+    steps: int = 1
+    times: Sequence[float] | None = None
+    omega: float | None = None
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def __post_init__(self):
+        limits.whole("steps", self.steps, least=1)
+        grid = [1.0, *(self.times or ()), 0.0]
+        for time in grid[1:-1]:
+            limits.number("times", time)
+        if any(not after < before for before, after in pairwise(grid)):
+            raise UserError(f"times must decrease and lie between 1 and 0, got {list(self.times)}. Set times=[0.5].")
+        if self.omega is not None:
+            limits.number("omega", self.omega, least=1)
+        limits.number("t_min", self.t_min, least=0, most=1)
+        limits.number("t_max", self.t_max, least=self.t_min, most=1)
+
+    @property
+    def nfe(self) -> int:
+        return self.steps if self.times is None else len(self.times) + 1
+
+    @torch.no_grad()
+    def __call__(self, velocity: Callable, z: Tensor, noise: Callable | None = None) -> Tensor:
+        uniform = [1 - i / self.steps for i in range(self.steps + 1)]
+        grid = uniform if self.times is None else [1.0, *map(float, self.times), 0.0]
+        given = {} if self.omega is None else {"omega": self.omega, "t_min": self.t_min, "t_max": self.t_max}
+        x = z.to(torch.float64) * getattr(velocity, "noise_scale", 1.0)
+        for t, r in pairwise(grid):
+            t, r = (torch.full((x.shape[0],), time, dtype=x.dtype, device=x.device) for time in (t, r))
+            x = x - expand(t - r, x) * velocity(x, t, r, **given).to(x.dtype)
         return x.to(z.dtype)
 
 

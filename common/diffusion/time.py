@@ -164,11 +164,35 @@ class GridSigma:
         return torch.tensor(self.levels, dtype=torch.float32, device=device)[index]
 
 
-def _equal_rows(n: int, fraction: float, exact: bool, generator: Generator | None, device) -> Tensor:
-    """Which samples get r = t: (n,) bool, each with probability `fraction`, or exactly the first floor(n fraction)."""
-    if exact:
-        return torch.arange(n, device=device) < int(n * fraction)
-    return torch.rand(n, generator=generator, device=device) < fraction
+ROWS = ("random", "first", "spread")
+
+
+def _equal_rows(n: int, fraction: float, rows: str, generator: Generator | None, device) -> Tensor:
+    """Which samples get r = t, (n,) bool; see `OrderThenMask`."""
+    if rows == "random":
+        return torch.rand(n, generator=generator, device=device) < fraction
+    index = torch.arange(n, device=device)
+    if rows == "first":
+        return index < int(n * fraction)
+    # float64: the share of any stretch of the batch is right to one sample
+    return ((index + 1) * float(fraction) + 1e-9).floor() > (index * float(fraction) + 1e-9).floor()
+
+
+def _check_pair(sampler) -> None:
+    limits.number("equal", sampler.equal, least=0, most=1)
+    limits.choice("rows", sampler.rows, ROWS)
+    limits.number("uniform", sampler.uniform, least=0, most=1)
+
+
+def _two_draws(sampler, n: int, generator: Generator | None, device) -> tuple[Tensor, Tensor]:
+    """Two independent draws per sample, (n,) each, before any mask or order."""
+    first = sampler.base(n, generator, device)
+    second = (sampler.base if sampler.second is None else sampler.second)(n, generator, device)
+    if sampler.uniform:
+        drawn = [torch.rand(n, generator=generator, device=device) for _ in range(3)]
+        chosen = drawn[0] < sampler.uniform
+        first, second = torch.where(chosen, drawn[1], first), torch.where(chosen, drawn[2], second)
+    return first, second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,40 +200,116 @@ class OrderThenMask:
     """(t, r), both in the unit of `base`, r <= t: t = max and r = min of two draws, THEN r = t for a fraction `equal`.
 
     The samples with r = t have t = max of two draws, so their mean is higher than that of `base`. MeanFlow
-    (arXiv 2505.13447) JAX code, iMF.
-    exact  True: the first floor(n * equal) samples are the equal ones, as in the official code
+    (arXiv 2505.13447): JAX code and py-meanflow v0; iMF.
+    base     sampler of one time;   second: of the other one, None: `base`
+    equal    fraction of samples with r = t; 1 is flow matching
+    rows     which ones: "random": each by chance; "first": exactly the first floor(n equal), as in the JAX code;
+             "spread": exactly that share, evenly over the batch, so that every process and micro-batch has as many
+    uniform  fraction of samples whose two draws are uniform on [0, 1) instead
     Returns a pair of (n,) tensors.
     """
 
     base: object
     equal: float = 0.75
-    exact: bool = False
+    rows: str = "random"
+    second: object | None = None
+    uniform: float = 0.0
 
     def __post_init__(self):
-        limits.number("equal", self.equal, least=0, most=1)
+        _check_pair(self)
 
     def __call__(self, n: int, generator: Generator | None = None, device="cpu") -> tuple[Tensor, Tensor]:
-        first, second = self.base(n, generator, device), self.base(n, generator, device)
+        first, second = _two_draws(self, n, generator, device)
         t, r = torch.maximum(first, second), torch.minimum(first, second)
-        return t, torch.where(_equal_rows(n, self.equal, self.exact, generator, device), t, r)
+        return t, torch.where(_equal_rows(n, self.equal, self.rows, generator, device), t, r)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskThenOrder:
     """(t, r), both in the unit of `base`, r <= t: FIRST the second draw is set to the first for a fraction `equal`,
-    then the pair is ordered. The samples with r = t follow `base` itself. pMF, py-meanflow v1.
+    then the pair is ordered. The samples with r = t follow `base` itself. pMF; py-meanflow v1 with `swap` off.
 
+    base, second, equal, rows, uniform   as in `OrderThenMask`. pMF H: uniform 0.1
+    swap     False: t stays the first draw and r = min(t, second), so a larger second draw gives r = t as well
     Returns a pair of (n,) tensors.
     """
 
     base: object
     equal: float = 0.75
-    exact: bool = False
+    rows: str = "random"
+    second: object | None = None
+    uniform: float = 0.0
+    swap: bool = True
 
     def __post_init__(self):
-        limits.number("equal", self.equal, least=0, most=1)
+        _check_pair(self)
 
     def __call__(self, n: int, generator: Generator | None = None, device="cpu") -> tuple[Tensor, Tensor]:
-        first, second = self.base(n, generator, device), self.base(n, generator, device)
-        second = torch.where(_equal_rows(n, self.equal, self.exact, generator, device), first, second)
-        return torch.maximum(first, second), torch.minimum(first, second)
+        first, second = _two_draws(self, n, generator, device)
+        second = torch.where(_equal_rows(n, self.equal, self.rows, generator, device), first, second)
+        return torch.maximum(first, second) if self.swap else first, torch.minimum(first, second)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerOmega:
+    """omega (guidance scale): density ~ omega^-beta on [1, 1 + s_max]; beta 1: log-uniform. iMF (2512.02012)."""
+
+    s_max: float = 7.0
+    beta: float = 1.0
+
+    def __post_init__(self):
+        limits.number("s_max", self.s_max, least=0)
+        limits.number("beta", self.beta, least=0)
+
+    @property
+    def largest(self) -> float:
+        """The end of the range."""
+        return 1 + self.s_max
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The omega below which a fraction u in [0, 1] of the draws lies, shape of u."""
+        log_end = math.log1p(self.s_max)
+        if self.beta == 1:
+            return (u * log_end).exp()
+        rest = 1 - self.beta
+        return (torch.log1p(u * math.expm1(rest * log_end)) / rest).exp()
+
+    def __call__(self, n: int, generator: Generator | None = None, device="cpu") -> Tensor:
+        return self.quantile(torch.rand(n, generator=generator, device=device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceInterval:
+    """(t_min, t_max), times between which guidance acts: t_min uniform on [0, split), t_max on [split, 1). iMF, pMF.
+
+    Returns a pair of (n,) tensors.
+    """
+
+    split: float = 0.5
+
+    def __post_init__(self):
+        limits.number("split", self.split, above=0, most=1)
+
+    def __call__(self, n: int, generator: Generator | None = None, device="cpu") -> tuple[Tensor, Tensor]:
+        low, high = (torch.rand(n, generator=generator, device=device) for _ in range(2))
+        return low * self.split, self.split + high * (1 - self.split)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelDrop:
+    """Which samples lose their class label: (n,) bool, each with probability p.
+
+    rows  "random": sample by sample; "first": as many, but always the first of the batch, as the official JAX code of
+          MeanFlow, iMF and pMF does (with r = t in the first rows too, label-free samples then all have r = t)
+    """
+
+    p: float = 0.1
+    rows: str = "random"
+
+    def __post_init__(self):
+        limits.number("p", self.p, least=0, most=1)
+        limits.choice("rows", self.rows, ROWS[:2])
+
+    def __call__(self, n: int, generator: Generator | None = None, device="cpu") -> Tensor:
+        dropped = torch.rand(n, generator=generator, device=device) < self.p
+        return dropped if self.rows == "random" else torch.arange(n, device=device) < dropped.sum()

@@ -7,9 +7,19 @@ from itertools import pairwise
 import pytest
 import torch
 
-from common.diffusion.guidance import CFG, Autoguidance, Conditional
+from common.diffusion.guidance import CFG, Autoguidance, BoundVelocity, Conditional
 from common.diffusion.paths import VE, VP, DiscreteVP, Linear
-from common.diffusion.sample import DDIM, Direct, Euler, FlowEuler, Heun, ImageNoise, Multistep, karras_grid
+from common.diffusion.sample import (
+    DDIM,
+    AverageVelocitySteps,
+    Direct,
+    Euler,
+    FlowEuler,
+    Heun,
+    ImageNoise,
+    Multistep,
+    karras_grid,
+)
 from common.errors import UserError
 
 STD = 0.5
@@ -149,6 +159,60 @@ def test_flow_euler_closed_form_and_order():
     seen = []
     FlowEuler(steps=2, shift=0.5)(lambda z, t: seen.append(float(t[0])) or z, z)
     assert seen == [1.0, pytest.approx(0.5 * 0.5 / (1 - 0.25))]
+
+
+def exact_average_velocity(z, t, r):
+    """Of data N(0.4, 0.3^2): the flow map of the linear path in closed form."""
+    m, s = 0.4, 0.3
+    sd = lambda t: ((1 - t) ** 2 * s**2 + t**2).sqrt().reshape(-1, 1, 1, 1)
+    mean = lambda t: ((1 - t) * m).reshape(-1, 1, 1, 1)
+    z_r = mean(r) + sd(r) / sd(t) * (z - mean(t))
+    return (z - z_r) / (t - r).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("sampler, nfe", [
+    (AverageVelocitySteps(), 1), (AverageVelocitySteps(steps=4), 4), (AverageVelocitySteps(times=[0.9, 0.2]), 3),
+])  # fmt: skip
+def test_average_velocity_steps_are_exact_for_the_exact_velocity(sampler, nfe):
+    """Any number of jumps ends at m + s e: one jump is as good as many."""
+    z = latents().double()
+    calls = []
+    velocity = lambda z, t, r: calls.append((float(t[0]), float(r[0]))) or exact_average_velocity(z, t, r)
+    torch.testing.assert_close(sampler(velocity, z), 0.4 + 0.3 * z, rtol=0, atol=1e-14)
+    assert len(calls) == nfe == sampler.nfe and calls[0][0] == 1 and calls[-1][1] == 0
+    assert all(before[1] == after[0] for before, after in pairwise(calls))
+
+
+class Guided(torch.nn.Module):
+    """Remembers what it was told."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.told = []
+
+    def forward(self, z, t, r, **given):
+        self.told.append((z.dtype, t.tolist(), r.tolist(), given))
+        return self.weight * z
+
+
+def test_bound_velocity_tells_labels_and_guidance_in_the_type_of_the_network():
+    net, z = Guided(), latents().float()
+    bound = BoundVelocity(net=net, class_labels=torch.eye(2), noise_scale=2.0, guidance=(1.0, 8.0))
+    out = AverageVelocitySteps(omega=7.5, t_min=0.1, t_max=0.7)(bound, z)
+    assert out.dtype == torch.float32 and not out.any()  # u = z: 2 z - 2 z
+    dtype, t, r, given = net.told[0]
+    assert (dtype, t, r) == (torch.float32, [1, 1], [0, 0]) and torch.equal(given["class_labels"], torch.eye(2))
+    assert [given[k].tolist() for k in ("omega", "t_min", "t_max")] == [
+        [7.5, 7.5], pytest.approx([0.1, 0.1]), pytest.approx([0.7, 0.7])
+    ]  # fmt: skip
+    FlowEuler(steps=2)(BoundVelocity(net=net), z)
+    assert [told[1:3] for told in net.told[1:]] == [([1, 1], [1, 1]), ([0.5, 0.5], [0.5, 0.5])]  # r = t: the velocity
+    assert all("omega" not in told[3] and "class_labels" not in told[3] for told in net.told[1:])
+    with pytest.raises(UserError, match="omega must lie in the trained range 1 to 8, got 9"):
+        AverageVelocitySteps(omega=9.0)(bound, z)
+    with pytest.raises(UserError, match="omega=2 is given, but this network was trained without it"):
+        AverageVelocitySteps(omega=2.0)(BoundVelocity(net=net), z)
 
 
 def test_churn_adds_noise_only_inside_its_range_and_keeps_the_law():
@@ -326,6 +390,11 @@ def test_autoguidance_and_conditional():
         (lambda: Multistep(mids=(0.8,))(Oracle(), latents()), "Multistep with mids draws fresh noise"),
         (lambda: DDIM(path=Linear(), steps=4), "t_max must leave some data weight on Linear"),
         (lambda: FlowEuler(steps=-1), "steps must be"),
+        (lambda: AverageVelocitySteps(steps=0), "steps must be a whole number >= 1"),
+        (lambda: AverageVelocitySteps(times=[0.2, 0.5]), "times must decrease and lie between 1 and 0"),
+        (lambda: AverageVelocitySteps(times=[1.0]), "times must decrease"),
+        (lambda: AverageVelocitySteps(omega=0.5), "omega must be >= 1"),
+        (lambda: AverageVelocitySteps(t_min=0.8, t_max=0.2), "t_max must be >= 0.8"),
         (lambda: ImageNoise(seed=0, indices=[], shape=(1, 2, 2)), "at least one image number"),
         (lambda: ImageNoise(seed=0, indices=[-1], shape=(1, 2, 2)), "at least one image number"),
         (lambda: CFG(net=Labelled(), class_labels=None, scale=2.0), "class_labels must be given"),

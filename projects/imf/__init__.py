@@ -1,0 +1,1 @@
+"""iMF: Improved Mean Flows: On the Challenges of Fastforward Generative Models (CVPR 2026), arXiv 2512.02012."""

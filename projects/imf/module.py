@@ -1,0 +1,44 @@
+"""Improved MeanFlow: the average velocity trained as a regression to e - x, with guidance as an input."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from common.losses.meanflow import ImprovedMeanFlowLoss
+from common.tasks.average_velocity import AverageVelocityModule
+
+
+class ImprovedMeanFlow(AverageVelocityModule):
+    """iMF (arXiv 2512.02012, algorithm 2).
+
+    net          u(z, t, r, class_labels=..., omega=..., t_min=..., t_max=..., heads=...), e.g. `common.nets.mit.MiT`
+    loss         compound velocity, auxiliary head or boundary, adaptive weights
+    time         sampler of the pair (t, r)
+    omega        sampler of the guidance scale (`common.diffusion.time.PowerOmega`), or None: no guidance
+    interval     sampler of (t_min, t_max) (`common.diffusion.time.GuidanceInterval`), needed with omega
+    label_drop   `common.diffusion.time.LabelDrop` or None
+    optimizer, schedule   see `GenerativeModule`
+    """
+
+    def __init__(
+        self,
+        *,
+        net: nn.Module,
+        loss: ImprovedMeanFlowLoss,
+        time: Callable,
+        omega: Callable | None,
+        interval: Callable | None,
+        label_drop: Callable | None,
+        optimizer: Callable,
+        schedule: Callable | None,
+    ):
+        super().__init__(
+            net=net, time=time, label_drop=label_drop, optimizer=optimizer, schedule=schedule, omega=omega,
+            interval=interval,
+        )  # fmt: skip
+        self.loss = loss
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """Mean loss of one micro-batch; logs `train/loss`, `train/squared_u`, `train/squared_v`."""
+        x, t, r, e, conditions = self.inputs(batch)
+        return self.report(self.loss(self.net, x, t, r, e, **conditions))

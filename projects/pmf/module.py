@@ -1,0 +1,53 @@
+"""Pixel MeanFlow: improved MeanFlow on pixels, through a network that predicts images."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from common.losses.meanflow import ImprovedMeanFlowLoss
+from common.tasks.average_velocity import AverageVelocityModule
+from projects.pmf.method import Perceptual
+
+
+class PixelMeanFlow(AverageVelocityModule):
+    """pMF (arXiv 2601.22158): the loss of iMF in velocities, the prediction in images, and perceptual terms.
+
+    net          as in iMF, with a prediction of x inside, e.g. `common.nets.pmf.PixelMiT`
+    loss         as in iMF; its t_floor must be that of the network
+    time         sampler of the pair (t, r)
+    omega, interval   samplers of guidance scale and interval, or None: no guidance
+    noise_scale  standard deviation of the noise at t = 1, data units
+    perceptual   `projects.pmf.method.Perceptual` or None
+    label_drop   `common.diffusion.time.LabelDrop` or None
+    optimizer, schedule   see `GenerativeModule`
+    """
+
+    def __init__(
+        self,
+        *,
+        net: nn.Module,
+        loss: ImprovedMeanFlowLoss,
+        time: Callable,
+        omega: Callable | None,
+        interval: Callable | None,
+        noise_scale: float,
+        perceptual: Perceptual | None,
+        label_drop: Callable | None,
+        optimizer: Callable,
+        schedule: Callable | None,
+    ):
+        super().__init__(
+            net=net, time=time, label_drop=label_drop, optimizer=optimizer, schedule=schedule, omega=omega,
+            interval=interval, noise_scale=noise_scale,
+        )  # fmt: skip
+        self.loss = loss
+        self.perceptual = perceptual
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """Mean loss of one micro-batch; logs `train/loss`, `train/squared_u`, `train/squared_v`."""
+        x, t, r, e, conditions = self.inputs(batch)
+        perceptual = None
+        if self.perceptual is not None:
+            crops = self.draws().generator("crop", "cpu", local=True)
+            perceptual = lambda image, x, t, weighted: self.perceptual(image, x, t, weighted, crops)
+        return self.report(self.loss(self.net, x, t, r, e, **conditions, perceptual=perceptual))
