@@ -44,7 +44,10 @@ def read_flax(path: str | Path) -> dict[str, Tensor]:
         if zipfile.is_zipfile(path):
             with np.load(path, allow_pickle=False) as file:
                 return {name: torch.from_numpy(file[name]) for name in file.files}
-        tree, _ = _value(memoryview(path.read_bytes()), 0)
+        data = memoryview(path.read_bytes())
+        tree, end = _value(data, 0)
+        if not isinstance(tree, dict) or end != len(data):
+            raise ValueError("it is no tree of arrays")
         return dict(_leaves(tree, ()))
     except (ValueError, IndexError, KeyError, TypeError, EOFError, OSError, RecursionError, struct.error) as error:
         raise UserError(f"{path} is truncated or no .npz or flax msgpack file ({error}). Copy it again.") from error

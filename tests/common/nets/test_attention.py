@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from common.nets.attention import FUSED_FROM, attention
+from common.nets.attention import FUSED_FROM, attention, in_forward_mode, token_attention
 
 
 def slow(q, k, v):
@@ -67,3 +67,36 @@ def test_half_precision_uses_a_float32_softmax(dtype):
 def test_large_scores_stay_finite_in_float16():
     q = torch.full((1, 64, 4), 100.0, dtype=torch.float16)
     assert attention(q, q, q, fused=False).isfinite().all()
+
+
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_tokens_attend_as_channels_do(fused):
+    q, k, v = qkv(2 * 3, 4, 6)
+    expected = attention(q, k, v).transpose(1, 2).reshape(2, 3, 6, 4)
+    got = token_attention(*(t.transpose(1, 2).reshape(2, 3, 6, 4) for t in (q, k, v)), fused=fused)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [5, FUSED_FROM])
+def test_tokens_have_a_tangent_at_any_length(length):
+    q, k, v = qkv(1, 2, length, 3, dtype=torch.float64)
+    seen = []
+
+    def both(t):
+        seen.append(in_forward_mode())
+        return token_attention(t * q, k, t * v)
+
+    out, tangent = torch.func.jvp(both, (torch.tensor(1.0).double(),), (q.new_ones(()),))
+    h = 1e-6
+    numeric = (token_attention((1 + h) * q, k, (1 + h) * v) - token_attention((1 - h) * q, k, (1 - h) * v)) / (2 * h)
+    torch.testing.assert_close(out, token_attention(q, k, v))
+    torch.testing.assert_close(tangent, numeric, rtol=1e-6, atol=1e-8)
+    assert seen == [True] and not in_forward_mode()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_token_attention_keeps_half_precision(fused):
+    q, k, v = qkv(2, 2, 12, 16, dtype=torch.bfloat16)
+    exact = token_attention(q.float(), k.float(), v.float())
+    out = token_attention(q, k, v, fused=fused)
+    assert out.dtype == torch.bfloat16 and (out.float() - exact).abs().max() < 8 * 4 * torch.finfo(torch.bfloat16).eps

@@ -236,3 +236,27 @@ def test_attention_heads_must_divide_the_channels():
 
 def test_default_attention_above_the_image_size_is_ignored():
     assert SongUNet(img_resolution=8, in_channels=1, out_channels=1, model_channels=16, channel_mult=[1, 1])
+
+
+@pytest.mark.parametrize("kind", [SongUNet, MLPDenoiser])
+def test_several_times_are_embedded_side_by_side(kind):
+    torch.manual_seed(0)
+    sizes = RGB if kind is MLPDenoiser else SMALL
+    net = kind(**dict(sizes, dropout=0.0), num_times=2, augment_dim=3)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(std=0.1)
+    x, labels = batch()[0], torch.eye(4)[:3]
+    times = torch.tensor([[0.9, 0.2], [0.5, 0.5], [0.2, 0.9]])
+    base = net(x, times, labels, torch.zeros(3, 3))
+    for column in range(2):
+        moved = times.clone()
+        moved[:, column] += 0.1
+        assert ((net(x, moved, labels, torch.zeros(3, 3)) - base).abs().flatten(1).amax(dim=1) > 1e-6).all()
+    assert (net(x, times.flip(1), labels)[0] - net(x, times, labels)[0]).abs().max() > 1e-6
+    torch.testing.assert_close(net(x[1:2], times[1:2], labels[1:2], torch.zeros(1, 3)), base[1:2], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(net(x, times[:1], labels), net(x, times[:1].expand(3, 2), labels))
+    with pytest.raises(UserError, match=r"noise_labels must have shape \(3, 2\) or \(1, 2\), got \(3,\)"):
+        net(x, times[:, 0], labels)
+    with pytest.raises(UserError, match="num_times must be a whole number of at least 1"):
+        kind(**sizes, num_times=0)
