@@ -1,4 +1,4 @@
-"""MeanFlow end to end: the identity through the module, flow matching as ratio 0, dropped labels, real steps on digits."""
+"""MeanFlow end to end: the identity through the module, ratio 0 is flow matching, dropped labels, real steps on digits."""
 
 from functools import partial
 
@@ -57,7 +57,9 @@ def batch(n: int = 8) -> dict:
 def drawn(made: MeanFlow, images):
     """The module's own t, r, z, v, written out."""
     draws = made.draws()
-    t, r = draws.apply("t", lambda n, generator: torch.stack(made.time(n, generator), 1), len(images)).double().unbind(1)
+    t, r = (
+        draws.apply("t", lambda n, generator: torch.stack(made.time(n, generator), 1), len(images)).double().unbind(1)
+    )
     e = draws.normal("eps", images)
     return t, r, wide(1 - t) * images + wide(t) * e, e - images
 
@@ -164,7 +166,7 @@ def test_bad_input_is_one_sentence():
         module(Affine(label_dim=0), omega=2.0).training_step(batch(), 0)
     with pytest.raises(UserError, match="kappa must be below 1"):
         MeanFlowLoss(kappa=1.0)
-    with pytest.raises(UserError, match="trained without it. Set omega=null"):
+    with pytest.raises(UserError, match="trained without it"):
         module(Affine()).generate(torch.arange(2), sampler=AverageVelocitySteps(omega=2.0), seed=0)
 
 
@@ -173,7 +175,9 @@ def test_bad_input_is_one_sentence():
 
 
 def test_two_real_steps(two_steps, tmp_path):
-    runs = [two_steps("meanflow_tiny", tmp_path / name, f"seed={seed}") for name, seed in (("a", 3), ("b", 3), ("c", 4))]
+    runs = [
+        two_steps("meanflow_tiny", tmp_path / name, f"seed={seed}") for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    ]
     before, after, _ = runs[0]
     assert before.keys() == after.keys()
     assert all(torch.isfinite(value).all() for value in after.values())
