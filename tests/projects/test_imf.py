@@ -21,7 +21,7 @@ def wide(t):
 
 
 class Affine(nn.Module):
-    """u = a z + b t + c r + d . class + f (1 - 1/omega), derivative along (v, 1, 0) a v + b; v = g z + d . class + 1."""
+    """u = a z + b t + c r + d . class + f (1 - 1/omega), along (v, 1, 0) a v + b; v = g z + d . class + f (...) + 1."""
 
     img_channels, img_resolution = 2, 4
 
@@ -79,7 +79,7 @@ def same_gradients(net, ours, theirs):
 
 
 def test_boundary_loss_is_the_compound_velocity_against_e_minus_x():
-    """V = u + (t - r) stop(a u(z, t, t) + b): the derivative follows the network's own velocity, the target does not."""
+    """V = u + (t - r) stop(a u(z, t, t) + b): the derivative follows the network, the target is the data's."""
     net, given = Affine(), batch()
     made = module(net, head="boundary", power=0.0)
     loss = made.training_step(given, 0)
@@ -187,7 +187,7 @@ def test_bad_input_is_one_sentence():
 
     with pytest.raises(UserError, match="0 <= r <= t <= 1"):
         module(Affine(), time=reversed_pair).training_step(batch(), 0)
-    with pytest.raises(UserError, match="project.omega needs project.interval"):
+    with pytest.raises(UserError, match="needs project"):
         module(Affine(), omega=PowerOmega())
     with pytest.raises(UserError, match="label_dim=0"):
         module(Affine(label_dim=0), **GUIDED)

@@ -1,4 +1,4 @@
-"""MeanFlow end to end: the identity through the module, ratio 0 is flow matching, dropped labels, real steps on digits."""
+"""MeanFlow end to end: the identity through the module, ratio 0 is flow matching, dropped labels, real steps."""
 
 from functools import partial
 
