@@ -60,7 +60,7 @@ def total_derivative(
         rows = None if len(rows) == count else rows.to(z.device, non_blocking=True)
     with torch.no_grad(), no_autocast(z.device.type):
         dz = dz.detach().to(z.dtype)
-        t, r = (time.detach().to(z.device, z.dtype, non_blocking=True) for time in (t, r))
+        t, r = (time.detach().to(z.device, z.dtype, non_blocking=True).contiguous() for time in (t, r))
         if rows is None:
             found = _tangent(u, z.detach(), t, r, (dz, dt, dr), conditions)
             return torch.where(expand(live, z).to(z.device, non_blocking=True), found, 0.0)
@@ -73,13 +73,15 @@ def total_derivative(
 def _tangent(u: Callable, z: Tensor, t: Tensor, r: Tensor, tangents, conditions: dict) -> Tensor:
     """The derivative of u for all rows given."""
     dz, dt, dr = tangents
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or only_shapes(z):
         primals, directions = (z, t, r), (dz, torch.full_like(t, dt), torch.full_like(r, dr))
         return torch.func.jvp(lambda z, t, r: u(z, t, r, **conditions), primals, directions)[1]
     _load_decompositions()
     with ExitStack() as stack:
         for context in (torch.compiler.set_stance("force_eager"), ForwardRules(), forward_ad.dual_level()):
             stack.enter_context(context)
+        if dz.stride() != z.stride():  # torch wants both in one layout
+            dz = torch.empty_like(z).copy_(dz)
         moving = [forward_ad.make_dual(z, dz)]
         for time, speed in ((t, dt), (r, dr)):
             moving.append(forward_ad.make_dual(time, torch.full_like(time, speed)) if speed else time)
@@ -89,11 +91,11 @@ def _tangent(u: Callable, z: Tensor, t: Tensor, r: Tensor, tangents, conditions:
 
 @cache
 def _load_decompositions() -> None:
-    """What torch loads with the first dual level, now and without its warning about its own use of torch.jit."""
+    """What torch loads with the first dual tensor, now and without its warning about its own use of torch.jit."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with forward_ad.dual_level():
-            pass
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

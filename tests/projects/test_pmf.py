@@ -1,4 +1,4 @@
-"""pMF end to end: a network of images through the module, noise scale, perceptual terms, real steps on digits."""
+"""pMF end to end: predicted images, clipped alike, noise of another scale, perceptual terms at low noise only."""
 
 from functools import partial
 
@@ -6,239 +6,108 @@ import pytest
 import torch
 from torch import nn
 
-from common.diffusion.sample import AverageVelocitySteps
-from common.diffusion.time import GuidanceInterval, LabelDrop, LogitNormal, MaskThenOrder, PowerOmega
+from common.diffusion.sample import AverageVelocitySteps, ImageNoise
+from common.diffusion.time import LogitNormal, MaskThenOrder
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss
+from common.nets.pmf import PixelMiT
 from projects.pmf.method import Perceptual, random_resized_crop
 from projects.pmf.module import PixelMeanFlow
 
-FLOOR = 0.05
-TIMES = MaskThenOrder(base=LogitNormal(mean=0.0, std=1.0), equal=0.5, rows="spread")
+
+def small() -> PixelMiT:
+    torch.manual_seed(0)
+    sizes = dict(img_resolution=8, in_channels=3, patch_size=4, bottleneck=8, width=16, depth=2, num_heads=2)
+    net = PixelMiT(**sizes, head_depth=1, v_depth=1, label_dim=0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return net
 
 
-def wide(t):
-    return t.reshape(-1, 1, 1, 1)
-
-
-class Images(nn.Module):
-    """x = a z + k + d . class, u = (z - x) / max(t, FLOOR): along (v, 1, 0) du/dt = ((1 - a) v - [t > FLOOR] u) / t."""
-
-    img_channels, img_resolution = 2, 4
-
-    def __init__(self, label_dim: int = 3, a: float = 0.3, k: float = 0.1):
-        super().__init__()
-        self.label_dim = label_dim
-        self.a, self.k = (nn.Parameter(torch.tensor(value, dtype=torch.float64)) for value in (a, k))
-        self.d = nn.Parameter(torch.linspace(-1, 1, label_dim, dtype=torch.float64))
-        self.calls = []
-
-    def image(self, z, class_labels):
-        return self.a * z + self.k + (0 if class_labels is None else wide(class_labels.to(z.dtype) @ self.d))
-
-    def forward(self, z, t, r, class_labels=None, omega=None, t_min=None, t_max=None):
-        self.calls.append({"z": z.detach(), "t": t, "r": r, "labels": class_labels, "omega": omega})
-        return (z - self.image(z, class_labels)) / wide(t.clamp(min=FLOOR))
-
-
-def module(
-    net, *, time=TIMES, omega=None, interval=None, noise_scale=1.0, perceptual=None, label_drop=None, **loss
-) -> PixelMeanFlow:
-    loss = {"head": "boundary", "power": 0.0, "t_floor": FLOOR, **loss}
+def module(net, *, noise_scale=1.0, perceptual=None) -> PixelMeanFlow:
     made = PixelMeanFlow(
-        net=net, loss=ImprovedMeanFlowLoss(**loss), time=time, omega=omega, interval=interval, noise_scale=noise_scale,
-        perceptual=perceptual, label_drop=label_drop, optimizer=partial(torch.optim.Adam, lr=1e-3), schedule=None,
+        net=net, loss=ImprovedMeanFlowLoss(t_floor=0.05), label_drop=None, omega=None, interval=None,
+        time=MaskThenOrder(base=LogitNormal(mean=0.8, std=0.8), equal=0.5), noise_scale=noise_scale,
+        perceptual=perceptual, optimizer=partial(torch.optim.Adam, lr=1e-3), schedule=None,
     )  # fmt: skip
     made.seed = 5
     return made.train()
 
 
-def batch(n: int = 8) -> dict:
-    generator = torch.Generator().manual_seed(1)
-    image = torch.randn(n, 2, 4, 4, generator=generator, dtype=torch.float64)
-    return {"image": image, "label": torch.arange(n) % 3, "position": torch.arange(n)}
+def batch(n: int) -> dict:
+    image = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return {"image": image, "label": torch.zeros(n, dtype=torch.int64), "position": torch.arange(n)}
 
 
-def drawn(made, images):
-    """The module's own t, r, z and e, written out."""
-    draws = made.draws()
-    t, r = (
-        draws.apply("t", lambda n, generator: torch.stack(made.time(n, generator), 1), len(images)).double().unbind(1)
-    )
-    e = made.noise_scale * draws.normal("eps", images)
-    return t, r, wide(1 - t) * images + wide(t) * e, e
-
-
-def squared(x):
-    return x.square().flatten(1).sum(1)
-
-
-@pytest.mark.parametrize("noise_scale", [1.0, 4.0])
-@pytest.mark.parametrize("mean", [0.0, -3.0])  # the second has times on both sides of the floor
-def test_loss_is_that_of_velocities_made_of_images(mean, noise_scale):
-    """V = u + (t - r) stop(du/dt) against (z - x) / max(t, .05); below the floor 1/max(t, .05) stands still."""
-    net, given = Images(), batch(32)
-    time = MaskThenOrder(base=LogitNormal(mean=mean, std=1.0), equal=0.5, rows="spread")
-    made = module(net, time=time, noise_scale=noise_scale)
-    loss = made.training_step(given, 0)
-    t, r, z, e = drawn(made, given["image"])
-    if mean < 0:
-        assert 5 < (t < FLOOR).sum() < 27
-    labels, floored = torch.eye(3)[given["label"]], wide(t.clamp(min=FLOOR))
-    v = (z - given["image"]) / floored
-    torch.testing.assert_close(v[t >= FLOOR], (e - given["image"])[t >= FLOOR])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_one_step_sample_is_the_predicted_image(scale):
+    """x = z_1 - u(z_1, 1, 0) with z_1 = scale e: the network's output itself."""
+    net = small()
+    made = module(net, noise_scale=scale)
+    found = made.generate(torch.arange(2), sampler=AverageVelocitySteps(), seed=3)
+    z = scale * ImageNoise(seed=3, indices=torch.arange(2), shape=(3, 8, 8)).z
+    net.prediction = "u"  # then the head's output comes out as it is
     with torch.no_grad():
-        own = net(z, t, t, labels)
-        dudt = ((1 - net.a) * own - (wide(t) > FLOOR) * own) / floored
-    expected = squared(net(z, t, r, labels) + wide(t - r) * dudt - v).mean()
-    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=0)
-    ours, theirs = (torch.autograd.grad(k, list(net.parameters()), retain_graph=True) for k in (loss, expected))
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found, net(z, 1.0, 0.0), rtol=1e-4, atol=1e-5)
 
 
-def test_an_oracle_of_one_image_has_no_loss_and_makes_it_in_one_step():
-    net, given = Images(label_dim=0, a=0.0, k=0.25), batch()
-    given["image"] = torch.full_like(given["image"], 0.25)
-    made = module(net)
-    assert made.training_step(given, 0) < 1e-20
-    images = made.generate(torch.arange(3), sampler=AverageVelocitySteps(), seed=0)
-    torch.testing.assert_close(images, torch.full_like(images, 0.25), rtol=0, atol=1e-6)
+def test_the_noise_of_training_has_the_same_scale():
+    made = module(small(), noise_scale=4.0)
+    e = made.inputs(batch(6)).e
+    assert torch.equal(e, 4.0 * made.draws().normal("eps", batch(6)["image"]))
 
 
-def test_one_step_from_scaled_noise_is_the_predicted_image():
-    net = Images()
-    made = module(net, noise_scale=4.0)
-    labels = torch.tensor([2, 0])
-    images = made.generate(torch.arange(2), sampler=AverageVelocitySteps(), seed=0, labels=labels)
-    (call,) = net.calls
-    plain = Images()
-    module(plain).generate(torch.arange(2), sampler=AverageVelocitySteps(), seed=0, labels=labels)
-    torch.testing.assert_close(call["z"], 4 * plain.calls[0]["z"])
-    with torch.no_grad():
-        torch.testing.assert_close(images.double(), net.image(call["z"], call["labels"]), rtol=0, atol=1e-5)
-
-
-def test_with_ratio_0_it_is_flow_matching_of_velocities():
-    net, given = Images(), batch()
-    made = module(net, time=MaskThenOrder(base=LogitNormal(), equal=1.0))
-    loss = made.training_step(given, 0)
-    assert len(net.calls) == 1 and torch.equal(net.calls[0]["t"], net.calls[0]["r"])
-    t, _, z, _ = drawn(made, given["image"])
-    v = (z - given["image"]) / wide(t.clamp(min=FLOOR))
-    assert torch.equal(loss, squared(net(z, t, t, torch.eye(3)[given["label"]]) - v).mean())
-
-
-def test_dropped_samples_lose_their_class():
-    net, given = Images(), batch(40)
-    made = module(net, label_drop=LabelDrop(p=0.5))
-    made.training_step(given, 0)
-    dropped = made.draws().apply("drop", made.label_drop, 40)
-    assert 10 < dropped.sum() < 30
-    assert torch.equal(net.calls[-1]["labels"], torch.eye(3)[given["label"]] * ~dropped[:, None])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Perceptual terms
-
-
-class Gap(nn.Module):
-    """Mean squared difference per image; remembers what it compared."""
+class Distance(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, image, x):
-        self.seen = image.detach(), x.detach()
-        return (image - x).square().flatten(1).mean(1)
+        return self.factor * (image - x).abs().flatten(1).mean(1)
 
 
-def test_perceptual_terms_compare_the_implied_image_with_the_data_at_low_noise():
-    """0.4 d(z - t u, x) where t < .5 beside the loss of velocities, each through its own weight."""
-    net, given, gap = Images(), batch(32), Gap()
-    perceptual = Perceptual(distances={"gap": gap}, weights={"gap": 0.4}, t_below=0.5, crop=None)
-    loss = module(net, perceptual=perceptual, power=1.0, eps=0.01).training_step(given, 0)
-    alone = module(net, power=1.0, eps=0.01).training_step(given, 0)
-    t, r, z, _ = drawn(module(net), given["image"])
-    image = z - wide(t) * net(z, t, r, torch.eye(3)[given["label"]])
-    torch.testing.assert_close(gap.seen[0], image.detach())
-    assert torch.equal(gap.seen[1], given["image"])
-    distance = (image - given["image"]).square().flatten(1).mean(1) * (t < 0.5)
-    assert 5 < (t < 0.5).sum() < 27
-    further = (0.4 * distance / (distance.detach() + 0.01)).mean()
-    torch.testing.assert_close(loss - alone, further, rtol=1e-9, atol=1e-12)
-    ours, theirs = (torch.autograd.grad(k, net.k, retain_graph=True)[0] for k in (loss - alone, further))
-    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
-
-
-def test_perceptual_terms_have_no_gradient_at_high_noise_and_their_networks_none_at_all():
-    distance = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Dropout(0.5))
-
-    class Features(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = distance
-
-        def forward(self, image, x):
-            return (self.net(image) - self.net(x)).square().flatten(1).mean(1)
-
-    perceptual = Perceptual(distances={"f": Features()}, weights={"f": 1.0}, t_below=0.5, crop=None).train()
-    assert not perceptual.training and not distance[1].training
-    assert not any(p.requires_grad for p in perceptual.parameters())
-    image = torch.randn(4, 2, 8, 8).requires_grad_()
+def test_perceptual_terms_act_at_low_noise_only_and_leave_their_networks_alone():
+    made = Perceptual(
+        distances={"a": Distance(), "b": Distance()}, weights={"a": 0.4, "b": 0.1}, t_below=0.5, crop=None
+    )
+    image, x = torch.randn(4, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 8, 8)
     t = torch.tensor([0.1, 0.49, 0.5, 0.9])
-    perceptual(image, torch.zeros(4, 2, 8, 8), t, lambda d: d, None).sum().backward()
-    assert ((image.grad.flatten(1).abs().sum(1) > 0) == (t < 0.5)).all()
+    total = made(image, x, t, lambda d: d / (d + 0.01).detach(), None)
+    distance = 2 * (image - x).abs().flatten(1).mean(1)
+    expected = 0.5 * distance / (distance + 0.01)
+    torch.testing.assert_close(total, torch.where(t < 0.5, expected, 0.0))
+    total.sum().backward()
+    moved = image.grad.flatten(1).abs().sum(1)
+    assert (moved[:2] > 0).all() and (moved[2:] == 0).all()
+    assert not any(p.requires_grad for p in made.parameters())
+    assert not made.train().distances["a"].training
+    with pytest.raises(UserError, match=r"weights must name \['a'\], got \['c'\]"):
+        Perceptual(distances={"a": Distance()}, weights={"c": 1.0})
 
 
-def test_the_same_crop_for_both_images():
-    gap, generator = Gap(), torch.Generator().manual_seed(0)
-    perceptual = Perceptual(distances={"gap": gap}, weights={"gap": 1.0}, t_below=1.0, crop=5)
-    x = torch.randn(6, 3, 8, 8)
-    assert perceptual(x.clone(), x, torch.zeros(6), lambda d: d, generator).abs().max() == 0
-    assert gap.seen[0].shape == (6, 3, 5, 5)
-    ramp = torch.linspace(-1, 1, 64).expand(500, 1, 64, 64)  # positions along a row
-    crops = random_resized_crop(ramp, 32, torch.Generator().manual_seed(0))
-    side = (crops[:, 0, 0, -1] - crops[:, 0, 0, 0]).square() / (2 * 31 / 32) ** 2 * (63 / 64) ** -2
-    assert side.mean() == pytest.approx(0.54, abs=0.04)  # the area is uniform on .08 to 1
-    assert torch.equal(crops, random_resized_crop(ramp, 32, torch.Generator().manual_seed(0)))
+def test_both_images_get_the_same_crop():
+    images = torch.linspace(-1, 1, 16).expand(5, 2, 16, 16).contiguous()
+    crops = random_resized_crop(images, 6, torch.Generator().manual_seed(0))
+    assert crops.shape == (5, 2, 6, 6) and torch.equal(crops[:, 0], crops[:, 1])
+    width = crops[:, 0, 0, -1] - crops[:, 0, 0, 0]
+    assert (width > 0).all() and width.max() < 1.9 and width.std() > 0.05  # parts of different sizes
+    again = random_resized_crop(images, 6, torch.Generator().manual_seed(0))
+    assert torch.equal(crops, again)
 
 
-def test_crops_are_drawn_by_the_step():
-    net, given, gap = Images(), batch(), Gap()
-    made = module(net, perceptual=Perceptual(distances={"gap": gap}, weights={"gap": 1.0}, t_below=1.0, crop=3))
-    first = made.training_step(given, 0)
-    assert gap.seen[0].shape == (8, 2, 3, 3) and torch.equal(made.training_step(given, 0), first)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_bad_input_is_one_sentence():
-    def reversed_pair(n, generator=None, device="cpu"):
-        return torch.full((n,), 0.2), torch.full((n,), 0.6)
-
-    with pytest.raises(UserError, match="0 <= r <= t <= 1"):
-        module(Images(), time=reversed_pair).training_step(batch(), 0)
-    with pytest.raises(UserError, match="noise_scale"):
-        module(Images(), noise_scale=0.0)
-    with pytest.raises(UserError, match=r"perceptual.weights must name \['gap'\]"):
-        Perceptual(distances={"gap": Gap()}, weights={"lpips": 0.4})
-    with pytest.raises(UserError, match="trained range 1 to 8, got"):
-        made = module(Images(), omega=PowerOmega(), interval=GuidanceInterval())
-        made.generate(torch.arange(2), sampler=AverageVelocitySteps(omega=8.5), seed=0)
+def test_perceptual_terms_are_part_of_the_step():
+    perceptual = Perceptual(distances={"a": Distance()}, weights={"a": 0.4}, t_below=1.0, crop=6)
+    plain, more = module(small()).training_step(batch(6), 0), module(small(), perceptual=perceptual)
+    loss = more.training_step(batch(6), 0)
+    assert 0 < float((loss - plain).detach()) <= 0.4
+    loss.backward()
+    assert all(p.grad is not None for p in more.net.parameters())
+    assert len(list(more.parameter_groups())) == len(list(more.net.parameters()))  # frozen networks are not trained
 
 
 def test_two_real_steps(two_steps, tmp_path):
-    runs = [two_steps("pmf_tiny", tmp_path / name, f"seed={seed}") for name, seed in (("a", 3), ("b", 3), ("c", 4))]
-    before, after, _ = runs[0]
-    assert before.keys() == after.keys()
+    before, after, rows = two_steps("pmf_tiny", tmp_path / "run")
     assert all(torch.isfinite(value).all() for value in after.values())
-    changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in after if name.endswith(("weight", "bias"))}
-    raw = [[float(row["train/squared_u"]) for row in rows] for _, _, rows in runs]
-    assert len(raw[0]) == 2 and raw[0] == raw[1] != raw[2]
-    assert all(torch.equal(after[name], runs[1][1][name]) for name in after)
-    assert float(runs[0][2][0]["train/loss"]) == pytest.approx(1, abs=0.01)
-
-
-def test_the_tiny_run_predicts_images_and_clips_alike_on_both_sides(composed, tmp_path):
-    project = composed("pmf_tiny", tmp_path / "run").project
-    assert project.net.prediction == "x" and project.loss.t_floor == project.net.t_floor == FLOOR
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+    assert all(float(row["train/squared_u"]) > 0 for row in rows)
