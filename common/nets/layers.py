@@ -160,8 +160,8 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if in_forward_mode() and torch.compiler.is_compiling():
-            # torch.compile cannot trace the tangent of the fused kernel (pytorch issue 152185).
+        if in_forward_mode() and (torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None):
+            # Neither torch.compile nor fake tensors can trace the tangent of the fused kernel (pytorch issue 152185).
             groups = x.unflatten(1, (self.num_groups, -1)).flatten(2)
             var, mean = torch.var_mean(groups, dim=2, correction=0, keepdim=True)
             x = ((groups - mean) * torch.rsqrt(var + self.eps)).view_as(x)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.errors import UserError
 from common.nets.average_velocity import AverageVelocity
@@ -89,7 +90,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("name", ["mlp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("unet", "dit", "pmf"))])
+@pytest.mark.parametrize("name", COMPILED)
 @torch.no_grad()
 def test_the_tangent_compiles_into_one_graph(name):
     net = shaken(COMPILED[name])
@@ -117,6 +118,17 @@ def test_autocast_lowers_the_inside_only(name):
         _, tangent = torch.func.jvp(lambda z, t: net(z, t, r, labels, **masks), (z, t), (direction, torch.ones_like(t)))
     assert out.dtype == tangent.dtype == torch.float32
     assert 0 < (out - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_plans_on_fake_tensors(name):
+    with FakeTensorMode():
+        net = MAKERS[name]()
+        z, t = torch.empty(2, 3, 8, 8), torch.empty(2)
+        labels = torch.eye(4)[:2] if name in ("unet", "mlp") else torch.zeros(2, dtype=torch.int64)
+        net(z, t, 0.5 * t, labels).sum().backward()
+        out, tangent = torch.func.jvp(lambda z, t: net(z, t, 0.5 * t, labels), (z, t), (z, t))
+    assert out.shape == tangent.shape == (2, 3, 8, 8)
 
 
 # The wrapper ----------------------------------------------------------------------------------------------------------

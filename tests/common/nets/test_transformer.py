@@ -77,6 +77,20 @@ def test_rotation_is_that_of_complex_numbers():
     torch.testing.assert_close(rotate(x, (angles.cos(), angles.sin())), expected.flatten(2))
 
 
+def test_the_compiled_rotation_is_the_same():
+    x, angles = randn(2, 5, 8), rope_line(8, 5)
+    rope = angles.cos(), angles.sin()
+    compiled = torch.compile(rotate, backend="aot_eager", fullgraph=True)(x, rope)
+    torch.testing.assert_close(compiled, rotate(x, rope))
+    assert rotate(x.bfloat16(), rope).dtype == torch.float32
+
+
+def test_gradients_and_tangents_pass_through_the_rotation():
+    x, angles = randn(2, 5, 8, dtype=torch.float64).requires_grad_(), rope_line(8, 5).double()
+    rope = angles.cos(), angles.sin()
+    assert torch.autograd.gradcheck(lambda x: rotate(x, rope), x, check_forward_ad=True)
+
+
 def test_grid_angles_leave_the_prefix_alone_and_split_rows_from_columns():
     angles = rope_grid(8, 3, prefix=2)
     assert angles.shape == (11, 4) and not angles[:2].any()
