@@ -7,7 +7,6 @@ Equation 8), clipping as in TorchDEQ (arXiv 2310.18605, code).
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from weakref import ref
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from common.deq.dropout import VariationalMask
+from common.deq.structure import without_autocast
 from common.errors import UserError, nearest
 
 # Layer type -> axis of the weight that counts output channels. By type, not by isinstance: subclasses such as the
@@ -354,8 +354,7 @@ def _stamp(t: Tensor) -> tuple[int, int]:
 
 def _full_precision(t: Tensor):
     """Context without autocast: a norm from bfloat16 products would change the weight."""
-    kind = t.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return without_autocast(t.device.type)
 
 
 def _direction(x: Tensor, otherwise: Tensor) -> Tensor:

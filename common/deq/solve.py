@@ -86,6 +86,9 @@ class Problem:
 
     def jvp(self, z: Tensor, v: Tensor) -> Tensor:
         """J(z) v by forward-mode differentiation, (B, D). Counts as one call."""
+        if z.is_inference():  # in inference mode forward-mode derivatives are silently zero before torch 2.12
+            with torch.inference_mode(False):
+                return self.jvp(z.clone(), v.clone())
         with warnings.catch_warnings():  # torch's own forward rules use a deprecated compiler
             warnings.simplefilter("ignore", FutureWarning)
             return torch.func.jvp(self, (z,), (v,))[1].to(v.dtype)  # without dimensions, torch may widen it

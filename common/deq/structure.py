@@ -1,5 +1,6 @@
 """A state of any shape as one matrix: rows are samples, columns everything else."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -118,3 +119,10 @@ def _outline(value) -> str:
 def take_rows(tree, rows: Tensor):
     """Every tensor of a structure at the rows (n,) of its leading dimension; what is no tensor passes through."""
     return pytree.tree_map(lambda leaf: leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def without_autocast(device: str):
+    """Context in which everything runs in the types of its inputs; for device types without autocast too."""
+    # torch.compile of torch 2.11 cannot look the question up; every device it compiles for has autocast
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()

@@ -10,7 +10,7 @@ A pass in forward mode carries a tangent beside every activation. Done here so t
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from functools import cache
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from common.deq.structure import without_autocast
 from common.diffusion.paths import expand
 from common.errors import UserError
 
@@ -58,7 +59,7 @@ def total_derivative(
         if len(rows) == 0:
             return torch.zeros_like(z)
         rows = None if len(rows) == count else rows.to(z.device, non_blocking=True)
-    with torch.no_grad(), no_autocast(z.device.type):
+    with torch.no_grad(), without_autocast(z.device.type):
         dz = dz.detach().to(z.dtype)
         t, r = (time.detach().to(z.device, z.dtype, non_blocking=True).contiguous() for time in (t, r))
         if rows is None:
@@ -119,13 +120,6 @@ def select_rows(value, rows: Tensor, count: int):
     if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous():
         picked = picked.contiguous(memory_format=torch.channels_last)
     return picked
-
-
-@contextmanager
-def no_autocast(device: str):
-    """Everything inside runs in the types of its inputs."""
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        yield
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """A matrix decomposition as a module on feature maps: `Ham(512, NMF(rank=64))(x)`."""
 
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.deq.structure import without_autocast
 from common.errors import UserError, nearest
 from common.ham.decompose import NMF, Decomposition
 
@@ -80,7 +80,7 @@ class Ham(nn.Module):
         """bases  to start from, (S, d, r) for all samples or (B, S, d, r); None: as configured"""
         if x.dim() < 3 or x.shape[1] != self.channels:
             raise UserError(f"Ham expects an input (B, {self.channels}, ...), got {tuple(x.shape)}.")
-        with _no_autocast(x.device.type):
+        with without_autocast(x.device.type):
             return self._forward(x, bases).to(x.dtype)
 
     def _forward(self, x: Tensor, bases: Tensor | None) -> Tensor:
@@ -148,9 +148,6 @@ def update_bases(module: nn.Module) -> int:
         ham.update_bases()
     return len(hams)
 
-
-def _no_autocast(device: str):
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _channels_last(x: Tensor) -> bool:

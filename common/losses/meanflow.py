@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from common.deq.structure import without_autocast
 from common.diffusion import limits
-from common.diffusion.jvp import no_autocast, only_shapes, select_rows, total_derivative
+from common.diffusion.jvp import only_shapes, select_rows, total_derivative
 from common.diffusion.paths import expand
 from common.errors import UserError
 from common.losses.robust import adaptive_weight, squared_distance
@@ -160,7 +161,7 @@ class MeanFlowLoss:
             skip_equal=self.skip_equal,
         )  # fmt: skip
         u = net(start.z, start.t, start.r, **start.conditions)
-        with no_autocast(x.device.type):
+        with without_autocast(x.device.type):
             u = u.to(x.dtype)
             squared = squared_distance(u - average_velocity_target(target, dudt, start.t, start.r))
             watched = squared_distance(u.detach() - v)
@@ -252,7 +253,7 @@ class ImprovedMeanFlowLoss:
             net, start.z, t, r, (direction, 1.0, 0.0), start.conditions | only_u, skip_equal=self.skip_equal
         )
         found = net(start.z, start.t, start.r, **start.conditions, **heads)
-        with no_autocast(x.device.type):
+        with without_autocast(x.device.type):
             u, seen = (k.to(x.dtype) for k in found) if heads else (found.to(x.dtype), None)
             squared = squared_distance(compound_velocity(u, dudt, start.t, start.r) - target)
             loss = _weighted(squared, self)
