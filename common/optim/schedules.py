@@ -118,3 +118,36 @@ class Drop:
     def __call__(self, step: int) -> float:
         n = step * self.per_step
         return ramp(n, self.warmup) * (self.factor if n >= self.at else 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneCycleLinear:
+    """Two straight lines: from `start` up to 1 at `share` of all steps, then down to `final` at their end.
+
+    The numbers of torch's OneCycleLR with anneal_strategy "linear", of which RAFT and DEQ-Flow (arXiv 2204.08442, code)
+    take total = training steps + 100 and share .05: the peak is the optimiser's own learning rate.
+
+    total  steps of the training;   extra  added to them, so that the last step still learns
+    start  multiplier of the first step (torch: 1 / div_factor)
+    final  multiplier after total + extra steps (torch: 1 / (div_factor * final_div_factor))
+    """
+
+    total: float
+    extra: float = 100.0
+    share: float = 0.05
+    start: float = 1 / 25
+    final: float = 1 / 25e4
+
+    def __post_init__(self):
+        if not self.total > 0 or self.extra < 0:
+            raise UserError(f"total must be > 0 and extra >= 0, got {self.total!r} and {self.extra!r}. Set the steps.")
+        if not (0 < self.share < 1 and self.share * (self.total + self.extra) > 1):
+            raise UserError(
+                f"share={self.share!r} leaves no step to rise in. Set it between 0 and 1, above 1 / (total + extra)."
+            )
+
+    def __call__(self, step: int) -> float:
+        peak, end = self.share * (self.total + self.extra) - 1, self.total + self.extra - 1
+        if step <= peak:
+            return self.start + (1 - self.start) * step / peak
+        return 1 + (self.final - 1) * min((step - peak) / (end - peak), 1.0)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.optim.schedules import Constant, Cosine, Drop, InverseSqrt, Poly
+from common.optim.schedules import Constant, Cosine, Drop, InverseSqrt, OneCycleLinear, Poly
 
 ALL = [
     Constant(warmup=10),
@@ -13,6 +13,7 @@ ALL = [
     Cosine(total=100, warmup=10),
     Poly(total=100, power=0.9),
     Drop(at=60),
+    OneCycleLinear(total=100),
 ]
 
 
@@ -80,3 +81,22 @@ def test_bad_arguments(make):
 def test_drop_falls_once():
     assert [Drop(at=200)(s) for s in (0, 199, 200, 10_000)] == [1.0, 1.0, 0.5, 0.5]
     assert Drop(at=256, factor=0.1, per_step=128)(2) == 0.1 and Drop(at=50, warmup=100)(60) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("total", [50, 1000])
+def test_one_cycle_is_torchs(total):
+    """RAFT's call: OneCycleLR(optimizer, lr, total + 100, pct_start=0.05, anneal_strategy="linear")."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=4e-4)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 4e-4, total + 100, pct_start=0.05, cycle_momentum=False, anneal_strategy="linear"
+    )
+    ours = OneCycleLinear(total=total)
+    for step in range(total + 99):
+        assert 4e-4 * ours(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+    assert ours(10**6) == pytest.approx(4e-6)
+    with pytest.raises(UserError, match="share=0.005 leaves no step to rise in"):
+        OneCycleLinear(total=50, share=0.005)
+    with pytest.raises(UserError, match="total must be > 0"):
+        OneCycleLinear(total=0)
