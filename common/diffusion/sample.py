@@ -253,6 +253,7 @@ class AverageVelocitySteps:
     times   own grid: the times between 1 and 0, decreasing, e.g. [0.5]; the steps are then one more
     omega   guidance scale told to the network, inside the range it was trained on; None: a network without guidance
     t_min, t_max   times between which it guides
+    beyond  also take an omega above the trained range
     """
 
     steps: int = 1
@@ -260,6 +261,7 @@ class AverageVelocitySteps:
     omega: float | None = None
     t_min: float = 0.0
     t_max: float = 1.0
+    beyond: bool = False
 
     def __post_init__(self):
         limits.whole("steps", self.steps, least=1)
@@ -277,11 +279,18 @@ class AverageVelocitySteps:
     def nfe(self) -> int:
         return self.steps if self.times is None else len(self.times) + 1
 
+    @property
+    def variant(self) -> str:
+        """The guidance in a word for file names, e.g. "omega8-t0.4-0.65"; empty without."""
+        return "" if self.omega is None else f"omega{self.omega:g}-t{self.t_min:g}-{self.t_max:g}"
+
     @torch.no_grad()
     def __call__(self, velocity: Callable, z: Tensor, noise: Callable | None = None) -> Tensor:
         uniform = [1 - i / self.steps for i in range(self.steps + 1)]
         grid = uniform if self.times is None else [1.0, *map(float, self.times), 0.0]
         given = {} if self.omega is None else {"omega": self.omega, "t_min": self.t_min, "t_max": self.t_max}
+        if given and self.beyond:
+            given["beyond"] = True
         x = z.to(torch.float64) * getattr(velocity, "noise_scale", 1.0)
         for t, r in pairwise(grid):
             t, r = (torch.full((x.shape[0],), time, dtype=x.dtype, device=x.device) for time in (t, r))

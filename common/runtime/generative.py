@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.diffusion.guidance import Conditional
+from common.diffusion.jvp import only_shapes
 from common.diffusion.sample import ImageNoise, noise_shape
 from common.errors import UserError
 from common.runtime.callbacks import write_grid
@@ -33,9 +34,19 @@ class GenerativeModule(ResearchModule):
         self.picture_sampler = None  # that of the `sample` section; set by the runtime
 
     def one_hot(self, labels: Tensor | None) -> Tensor | None:
-        """Class labels (B,) as the one-hot floats (B, label_dim) the networks take; None for unconditional ones."""
+        """Class labels (B,) as the one-hot floats (B, label_dim) the networks take; None for unconditional ones.
+
+        Raises UserError for labels outside 0 .. label_dim - 1 on the CPU; elsewhere that would wait for the device.
+        """
         if not self.net.label_dim or labels is None:
             return None
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not only_shapes(labels):
+            bad = labels[(labels < 0) | (labels >= self.net.label_dim)]
+            if len(bad):
+                raise UserError(
+                    f"class labels must lie in 0..{self.net.label_dim - 1} (label_dim={self.net.label_dim}), "
+                    f"got {int(bad[0])}. Set label_dim of the network to the number of classes."
+                )
         return nn.functional.one_hot(labels, self.net.label_dim).to(torch.float32)
 
     def fake_batch(self, samples: int) -> dict[str, Tensor]:

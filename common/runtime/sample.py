@@ -17,7 +17,7 @@ from common.runtime.weights import trained_weights
 
 
 def sample_task(cfg: DictConfig) -> None:
-    """Makes `sample.samples` images with `sample.sampler` into `<run.dir>/samples/<sampler>-seed<k>/`.
+    """Makes `sample.samples` images with `sample.sampler` into `<run.dir>/samples/<sampler>-nfe<n>-seed<k>/`.
 
     Image i depends on (sample.seed, i) and its class alone. Writes images/000000.png ..., grid.png (at most 400
     images), samples.npz with `images` uint8 (N, H, W, C), `labels` int64 (N,) or -1, and `samples.json`.
@@ -71,7 +71,9 @@ def make_images(run: Assembled, batches: list[torch.Tensor], source: dict) -> No
     from rich.progress import track
 
     cfg, module = run.cfg, run.module
-    name = f"{type(run.sampler).__name__.lower()}-nfe{run.sampler.nfe}-seed{cfg.sample.seed}"
+    variant = getattr(run.sampler, "variant", "")  # what else sets its images apart from those of the same class
+    name = "-".join([type(run.sampler).__name__.lower(), f"nfe{run.sampler.nfe}", *filter(None, [variant]),
+                     f"seed{cfg.sample.seed}"])  # fmt: skip
     folder = run.folder / "samples" / name
     (folder / "images").mkdir(parents=True, exist_ok=True)
 

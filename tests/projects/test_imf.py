@@ -72,6 +72,11 @@ def test_guidance_is_told_at_test_time_inside_the_trained_range():
         module(small()).generate(torch.arange(3), sampler=AverageVelocitySteps(omega=2.0), seed=0)
 
 
+def test_latents_of_another_shape_are_one_sentence():
+    with pytest.raises(UserError, match=r"takes images of shape \(batch, 3, 4, 4\), got \(\d, 4, 8, 8\)"):
+        module(small(), **GUIDED).training_step({**batch(2), "image": torch.zeros(2, 4, 8, 8)}, 0)
+
+
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"project\.omega needs project\.interval"):
         module(small(), omega=PowerOmega())

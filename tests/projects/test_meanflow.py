@@ -8,6 +8,7 @@ import torch
 from common.data.augment import EdmAugment
 from common.diffusion.sample import AverageVelocitySteps, FlowEuler, ImageNoise
 from common.diffusion.time import LabelDrop, LogitNormal, OrderThenMask
+from common.errors import UserError
 from common.losses.meanflow import MeanFlowLoss
 from common.nets.average_velocity import AverageVelocity
 from common.nets.dit import DiT
@@ -83,6 +84,16 @@ def test_labels_drop_out_and_are_told_to_the_network_one_hot():
     dropped = made.draws().apply("drop", made.label_drop, 16)
     assert 0 < int(dropped.sum()) < 16
     assert torch.equal(calls[-1], torch.eye(3)[torch.arange(16) % 3] * ~dropped[:, None])
+
+
+def test_latents_of_another_shape_and_labels_out_of_range_are_one_sentence():
+    made = module(small(label_dim=3))
+    with pytest.raises(UserError, match=r"takes images of shape \(batch, 3, 4, 4\), got \(\d, 4, 4, 4\)"):
+        made.training_step({**batch(2), "image": torch.zeros(2, 4, 4, 4)}, 0)
+    with pytest.raises(UserError, match=r"class labels must lie in 0\.\.2 .*got 7"):
+        made.training_step({**batch(2), "label": torch.tensor([0, 7])}, 0)
+    with pytest.raises(UserError, match=r"class labels must lie in 0\.\.2 .*got 3"):
+        made.generate(torch.arange(1), sampler=AverageVelocitySteps(), seed=0, labels=torch.tensor([3]))
 
 
 def test_augmented_images_and_their_labels_reach_the_network(spy):

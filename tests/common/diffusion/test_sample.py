@@ -209,8 +209,12 @@ def test_bound_velocity_tells_labels_and_guidance_in_the_type_of_the_network():
     FlowEuler(steps=2)(BoundVelocity(net=net), z)
     assert [told[1:3] for told in net.told[1:]] == [([1, 1], [1, 1]), ([0.5, 0.5], [0.5, 0.5])]  # r = t: the velocity
     assert all("omega" not in told[3] and "class_labels" not in told[3] for told in net.told[1:])
-    with pytest.raises(UserError, match="omega must lie in the trained range 1 to 8, got 9"):
+    with pytest.raises(UserError, match=r"omega must lie in the trained range 1 to 8, got 9\. Set omega=8"):
         AverageVelocitySteps(omega=9.0)(bound, z)
+    AverageVelocitySteps(omega=10.5, beyond=True)(bound, z)
+    assert net.told[-1][3]["omega"].tolist() == [10.5, 10.5]
+    assert AverageVelocitySteps(omega=10.5, t_min=0.4).variant == "omega10.5-t0.4-1"
+    assert AverageVelocitySteps(steps=2).variant == ""
     with pytest.raises(UserError, match="omega=2 is given, but this network was trained without it"):
         AverageVelocitySteps(omega=2.0)(BoundVelocity(net=net), z)
 

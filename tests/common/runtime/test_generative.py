@@ -54,6 +54,9 @@ def test_labels_are_drawn_by_number_or_given():
     assert all(any(torch.allclose(drawn[i], g[i], atol=1e-5) for g in given) for i in range(6))
     assert torch.equal(made.one_hot(torch.tensor([2, 0])), torch.tensor([[0.0, 0, 1], [1, 0, 0]]))
     assert module().one_hot(torch.tensor([2])) is None
+    for wrong in (3, -1):
+        with pytest.raises(UserError, match=rf"class labels must lie in 0\.\.2 \(label_dim=3\), got {wrong}"):
+            made.one_hot(torch.tensor([0, wrong]))
 
 
 def test_index_batches_cover_every_number_once():

@@ -49,6 +49,13 @@ def test_grid_single_images_and_array(made):
     assert folder.name == "heun-nfe5-seed0"
 
 
+def test_the_guidance_of_a_sampler_is_in_the_name_of_its_folder(monkeypatch, made):
+    from common.diffusion.sample import Heun
+
+    monkeypatch.setattr(Heun, "variant", "omega4-t0.4-0.6", raising=False)
+    assert made("sampler@sample.sampler=heun", "sample.sampler.steps=2").name == "heun-nfe3-omega4-t0.4-0.6-seed0"
+
+
 @pytest.mark.parametrize("sampler", ["heun", "one_step", "two_step", "euler"])
 def test_image_i_is_the_same_whatever_the_batch(sampler, made):
     steps = ["sample.sampler.steps=4"] if sampler in ("heun", "euler") else []
