@@ -1,6 +1,7 @@
 """The paper's metrics: at the end of a run, under task=test, and as a curve during training."""
 
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
@@ -130,7 +131,7 @@ class SplitEvaluation:
     (evaluations of the map per sample), `residual` (mean relative residual) and `converged` (share of the samples).
 
     split            a split of the data module, read by `data.eval_batches(split)`; its transfer hooks are applied
-                     here, as to the batches of a loader
+                     here, as to the batches of a loader. A list: every one of them, metrics called `<split>_<metric>`
     average          which weights: an entry of ema.profiles, or raw
     every_n_steps    optimiser steps between two points of the curve, None: only at the end
     at_start         the curve begins with the initial weights
@@ -147,13 +148,13 @@ class SplitEvaluation:
     def __init__(
         self,
         *,
-        split: str = "test",
+        split: str | Sequence[str] = "test",
         average: str = "ema",
         every_n_steps: int | None = None,
         at_start: bool = False,
         samples: int | None = None,
         curve_samples: int | None = None,
-        curve_split: str | None = None,
+        curve_split: str | Sequence[str] | None = None,
         timed_steps: int = 0,
         spectral_radius: bool = False,
     ):
@@ -176,34 +177,44 @@ class SplitEvaluation:
                 f"evaluate=split needs {type(module).__name__}.evaluation_step, which it has not. "
                 f"Choose another evaluate=<choice> of conf/evaluate, or none."
             )
-        for field, split in (("split", self.split), ("curve_split", self.curve_split)):
-            if split not in data.splits:
-                raise UserError(
-                    f"evaluate.{field}={split} is no split of the data. {nearest(split, data.splits)}"
-                    f"Splits: {', '.join(data.splits)}."
-                )
+        for field, splits in (("split", self.split), ("curve_split", self.curve_split)):
+            for split in [splits] if isinstance(splits, str) else splits:
+                if split not in data.splits:
+                    raise UserError(
+                        f"evaluate.{field}={split} is no split of the data. {nearest(split, data.splits)}"
+                        f"Splits: {', '.join(data.splits)}."
+                    )
 
     def run(self, module: ResearchModule, data, *, say=None) -> dict[str, Measurement]:
         """Metric name -> record, with the module's weights as they are."""
-        started = time.perf_counter()
         if data.trainer is None:
             data.setup("test")
-        found = self._measure(module, data, self.split, self.samples)
+        found = self._measure_all(module, data, self.split, self.samples, say)
         if self.timed_steps:
             times = step_times(module, data, self.timed_steps)
+            if say is not None:
+                say("  training steps: " + ", ".join(f"{name} {seconds:.4g}" for name, seconds in times.items()))
             found |= {name: self._record(name, value, self.timed_steps, data, "train") for name, value in times.items()}
-        if say is not None:
-            shown = ", ".join(f"{name} {record.value:.4g}" for name, record in found.items())
-            say(f"  {self.split}: {shown}  ({time.perf_counter() - started:.0f} s)")
         return found
 
     def curve(self, module: ResearchModule, data) -> dict[str, Measurement]:
         """The metrics of one point of the curve."""
-        return self._measure(module, data, self.curve_split, self.curve_samples)
+        return self._measure_all(module, data, self.curve_split, self.curve_samples)
 
     def floor(self, data) -> dict[str, Measurement]:
         """Nothing: there is no floor to these metrics."""
         return {}
+
+    def _measure_all(self, module, data, splits: str | Sequence[str], samples, say=None) -> dict[str, Measurement]:
+        found: dict[str, Measurement] = {}
+        for split in [splits] if isinstance(splits, str) else splits:
+            started = time.perf_counter()
+            own = self._measure(module, data, split, samples)
+            if say is not None:
+                shown = ", ".join(f"{name} {record.value:.4g}" for name, record in own.items())
+                say(f"  {split}: {shown}  ({time.perf_counter() - started:.0f} s)")
+            found |= own if isinstance(splits, str) else {f"{split}_{name}": record for name, record in own.items()}
+        return found
 
     def _measure(self, module: ResearchModule, data, split: str, samples: int | None) -> dict[str, Measurement]:
         sums: dict[str, tuple] = {}

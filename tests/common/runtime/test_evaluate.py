@@ -177,6 +177,15 @@ def test_samples_limit_the_batches(split):
     assert point["loss"].samples == 20 and point["loss"].reference == "Data/train"
 
 
+def test_several_splits_each_under_its_name(split):
+    run = split("evaluate.split=[test,train]", "evaluate.samples=40", "evaluate.timed_steps=1")
+    found = run.evaluation.run(run.module, run.data)
+    assert list(found)[:6] == ["test_loss", "test_error", "test_nfe", "test_residual", "test_converged", "train_loss"]
+    assert found["train_loss"].reference == "Data/train" and "step_s" in found
+    alone = split("evaluate.samples=40").evaluation.run(run.module, run.data)
+    assert found["test_loss"].value == alone["loss"].value != found["train_loss"].value
+
+
 def test_times_and_spectral_radius_are_asked_for(split):
     run = split("evaluate.timed_steps=2", "evaluate.spectral_radius=true")
     found = run.evaluation.run(run.module, run.data)
@@ -201,6 +210,7 @@ def test_an_evaluation_leaves_the_module_in_its_mode(split):
     ("evaluate.samples=0", r"evaluate.samples must be >= 1 or null, got 0"),
     ("evaluate.timed_steps=-1", r"evaluate.timed_steps must be >= 0, got -1"),
     ("evaluate.split=tset", r"evaluate.split=tset is no split of the data. Closest: test"),
+    ("evaluate.split=[test,tran]", r"evaluate.split=tran is no split of the data. Closest: train"),
     ("evaluate.curve_split=val", r"evaluate.curve_split=val is no split of the data. .*Splits: train, test"),
 ])  # fmt: skip
 def test_a_split_evaluation_that_cannot_be(word, message, split):
