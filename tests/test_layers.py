@@ -15,7 +15,8 @@ BASE = {"torch", "torchvision", "timm", "numpy", "scipy"}
 LOW = {"deq", "diffusion", "ham", "losses", "nets", "optim"}
 LAYERS = {
     **{name: (BASE, LOW) for name in LOW},
-    "weights": (BASE | {"safetensors"}, LOW | {"weights"}),
+    # diffusers: optional, for the autoencoder of latents
+    "weights": (BASE | {"safetensors", "diffusers"}, LOW | {"weights"}),
     "data": (BASE | {"lightning", "PIL", "sklearn", "skimage"}, {"data"}),
     "metrics": (
         BASE | {"torch_fidelity", "torchmetrics", "sklearn", "safetensors", "PIL"},

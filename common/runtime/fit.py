@@ -80,12 +80,24 @@ def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
     module.images_per_step = cfg.data.batch_size
     if module.uses_sampler:
         module.picture_sampler = sampler
+        module.decoder = build_decoder(cfg, needed=training or measuring)
     if evaluation:
         evaluation.check(module, data)
     if training and not module.automatic_optimization:
         _check_manual(cfg)
     apply_speed(module, cfg)
     return Assembled(cfg, plain, Path(cfg.run.dir), data, module, sampler, evaluation)
+
+
+def build_decoder(cfg: DictConfig, *, needed: bool):
+    """What turns a network's latents into images, None where it makes images itself.
+
+    needed  raise UserError now when its files are not there, instead of at the first image
+    """
+    decoder = instantiate(cfg.decoder) or None
+    if needed and decoder is not None:
+        decoder.check()
+    return decoder
 
 
 def _check_manual(cfg: DictConfig) -> None:

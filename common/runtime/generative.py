@@ -32,6 +32,7 @@ class GenerativeModule(ResearchModule):
     def __init__(self, *, net: nn.Module, optimizer: Callable, schedule: Callable | None = None):
         super().__init__(net=net, optimizer=optimizer, schedule=schedule)
         self.picture_sampler = None  # that of the `sample` section; set by the runtime
+        self.decoder = None  # latents to images, for a network in latents (`common.weights.vae`); set by the runtime
 
     def one_hot(self, labels: Tensor | None) -> Tensor | None:
         """Class labels (B,) as the one-hot floats (B, label_dim) the networks take; None for unconditional ones.
@@ -69,7 +70,7 @@ class GenerativeModule(ResearchModule):
         """Images (N, C, H, W) in [-1, 1] units for image numbers `indices` (N,), in evaluation mode.
 
         Image i depends on (seed, i) alone, not on the batch it is made in. Class labels are drawn from the same
-        numbers unless given. The module's training mode is restored.
+        numbers unless given. What a network in latents makes is decoded. The module's training mode is restored.
         """
         was_training = self.net.training
         self.net.eval()
@@ -77,7 +78,8 @@ class GenerativeModule(ResearchModule):
             noise = ImageNoise(seed=seed, indices=indices, shape=noise_shape(self.net), device=self.device)
             if labels is None and self.net.label_dim:
                 labels = noise.labels(self.net.label_dim)
-            return sampler(self.denoiser(labels), noise.z, noise.noise)
+            made = sampler(self.denoiser(labels), noise.z, noise.noise)
+            return made if self.decoder is None else self.decoder(made)
         finally:
             self.net.train(was_training)
 

@@ -44,6 +44,17 @@ def test_generation_leaves_mode_gradients_and_streams_alone():
     assert not made.net.training
 
 
+def test_latents_are_decoded_wherever_images_are_asked_for(tmp_path):
+    made, sampler = module(), Multistep()
+    latents = made.generate(torch.arange(3), sampler=sampler, seed=0)
+    made.decoder = lambda z: z[:, :1].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    images = made.generate(torch.arange(3), sampler=sampler, seed=0)
+    assert images.shape == (3, 1, 8, 8) and torch.equal(images[..., ::2, ::2], latents[:, :1])
+    made.picture_sampler = sampler
+    (picture,) = made.preview(None, tmp_path / "step", samples=3, seed=0)
+    assert picture.is_file() and not any("decoder" in name for name in made.state_dict())
+
+
 def test_labels_are_drawn_by_number_or_given():
     made = module(label_dim=3)
     sampler = Multistep()
