@@ -74,10 +74,11 @@ def total_derivative(
 def _tangent(u: Callable, z: Tensor, t: Tensor, r: Tensor, tangents, conditions: dict) -> Tensor:
     """The derivative of u for all rows given."""
     dz, dt, dr = tangents
+    if not torch.compiler.is_compiling():
+        _load_decompositions()
     if torch.compiler.is_compiling() or only_shapes(z):
         primals, directions = (z, t, r), (dz, torch.full_like(t, dt), torch.full_like(r, dr))
         return torch.func.jvp(lambda z, t, r: u(z, t, r, **conditions), primals, directions)[1]
-    _load_decompositions()
     with ExitStack() as stack:
         for context in (torch.compiler.set_stance("force_eager"), ForwardRules(), forward_ad.dual_level()):
             stack.enter_context(context)
