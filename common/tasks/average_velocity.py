@@ -12,6 +12,7 @@ from common.diffusion.jvp import only_shapes
 from common.errors import UserError
 from common.losses.meanflow import Terms
 from common.runtime.generative import GenerativeModule
+from common.runtime.seeding import Draws
 
 
 class Inputs(NamedTuple):
@@ -59,9 +60,9 @@ class AverageVelocityModule(GenerativeModule):
             raise UserError("project.omega guides by class, but the network has label_dim=0. Set project.omega=null.")
         self.omega, self.interval = omega, interval
 
-    def inputs(self, batch: dict, augment: Callable | None = None) -> Inputs:
-        """The random numbers of this step around a batch of images."""
-        images, draws = batch["image"], self.draws()
+    def inputs(self, batch: dict, augment: Callable | None = None, *, draws: Draws | None = None) -> Inputs:
+        """A batch of images with random numbers around it: those of this step, or `draws`."""
+        images, draws = batch["image"], draws or self.draws()
         conditions = {}
         if augment is not None:
             images, conditions["augment_labels"] = augment(

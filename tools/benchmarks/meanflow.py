@@ -23,15 +23,16 @@ One training step (loss, backward, Adam) with random images, the same weights an
                    the products by the zero tangents of the weights, then the ordinary pass
   ours, all rows   the same with skip_equal=false
 A case is a network and the share of samples with r < t: unet is the CIFAR-10 U-Net of MeanFlow (55.93 million
-parameters, dropout 0.2), dit is DiT-S/4 (33.14 million) on 32x32 latents of four channels."""
+parameters, dropout 0.2), dit is DiT-S/4 (33.14 million) on 32x32 latents of four channels, mlp the network of
+meanflow_tiny with its batch of 128 whatever --batch says."""
 
 FLOW, USUAL, OURS, ALL = "flow matching", "full-batch jvp", "ours", "ours, all rows"
-NETS = ("unet", "dit")
+NETS = ("unet", "dit", "mlp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="images per step")
-    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS), help="which networks")
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=["unet", "dit"], help="which networks")
     parser.add_argument("--shares", type=int, nargs="+", default=[25, 75], help="per cent of the samples with r < t")
     parser.add_argument("--all-rows", action="store_true", help=f"a row with {ALL}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -69,7 +70,8 @@ class Step:
     """Loss, backward pass and Adam of one network."""
 
     def __init__(self, variant: str, name: str, options: argparse.Namespace):
-        self.variant, self.batch, self.device = variant, options.batch, torch.device(options.device)
+        self.variant, self.device = variant, torch.device(options.device)
+        self.batch = 128 if name == "mlp" else options.batch
         self.half = options.autocast == "bf16"
         self.net = build(name, options.tiny).to(self.device)
         if name == "unet" and self.device.type == "cpu":
@@ -148,6 +150,9 @@ def build(name: str, tiny: bool) -> nn.Module:
         if tiny:
             chosen["model"] |= {"img_resolution": 8, "model_channels": 16, "num_blocks": 1, "attn_resolutions": [4]}
             chosen["model"] |= {"channel_mult": [1, 1]}
+    elif name == "mlp":
+        chosen = configuration("meanflow_mlp")
+        chosen["model"] |= {"depth": 3}
     else:
         chosen = {"_target_": "common.nets.dit.DiT", "img_resolution": 32, "in_channels": 4, "patch_size": 4,
                   "width": 384, "depth": 12, "num_heads": 6, "label_dim": 1000}  # fmt: skip
