@@ -1,0 +1,39 @@
+"""Pictures padded to sizes that a network takes, and its answers cut back."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.errors import UserError, nearest
+
+MODES = ("sintel", "kitti")
+
+
+class Padder:
+    """Padding of pictures (B, C, h, w) until both sides are multiples of `multiple`, by repeating the border.
+
+    mode  sintel: left and right, top and bottom alike (what is odd goes right and down); kitti: left and right alike,
+          everything vertical at the bottom, as the authors' code does (which notes RAFT as its origin)
+
+    `unpad(pad(x)[0])` is x exactly. Raises UserError for another mode or a size below 1.
+    """
+
+    def __init__(self, h: int, w: int, multiple: int = 8, mode: str = "sintel"):
+        if mode not in MODES:
+            raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}. {nearest(str(mode), MODES)}")
+        if min(h, w, multiple) < 1:
+            raise UserError(f"h, w and multiple must be >= 1, got {h}, {w} and {multiple}.")
+        self.h, self.w = h, w
+        down, right = -h % multiple, -w % multiple
+        top = down // 2 if mode == "sintel" else 0
+        self.left, self.right, self.top, self.bottom = right // 2, right - right // 2, top, down - top
+
+    def pad(self, *pictures: Tensor) -> list[Tensor]:
+        """Each picture float (B, C, h, w) padded. Raises UserError for one of another size."""
+        for picture in pictures:
+            if tuple(picture.shape[-2:]) != (self.h, self.w):
+                raise UserError(f"the padding is for {self.h}x{self.w}, got a picture of {tuple(picture.shape[-2:])}.")
+        return [F.pad(x, (self.left, self.right, self.top, self.bottom), mode="replicate") for x in pictures]
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """(..., padded h, padded w) -> (..., h, w): what `pad` added is cut off."""
+        return x[..., self.top : self.top + self.h, self.left : self.left + self.w]

@@ -1,0 +1,144 @@
+"""Photographs that generated pairs are made of: scikit-image's, and folders or zips of pictures."""
+
+import hashlib
+import io
+import math
+import zipfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from common.data.folder import SUFFIXES
+from common.data.source import UNREADABLE
+from common.errors import UserError
+
+# those that come with the package itself; the last three are held out
+BUNDLED = (
+    "astronaut", "brick", "camera", "coffee", "coins", "grass", "gravel", "hubble_deep_field", "immunohistochemistry",
+    "moon", "retina", "rocket",
+)  # fmt: skip
+BUNDLED_HELD_OUT = ("chelsea", "clock", "stereo_motorcycle")
+LONGEST = 1024  # pixels; larger pictures are shrunk when read
+KEPT = 96  # pictures in memory
+
+
+class Photographs:
+    """Pictures by split, train or held_out, in the order of their names.
+
+    folders   folders (searched recursively) or zips
+    bundled   also scikit-image's
+    held_out  share of the pictures of `folders` that are held out, [0, 1): every picture number that falls on it
+
+    Raises UserError for a bad share.
+    """
+
+    def __init__(self, *, folders: Sequence[str] = (), bundled: bool = True, held_out: float = 0.1):
+        if not 0 <= held_out < 1:
+            raise UserError(f"source.held_out must be a share in [0, 1), got {held_out}. Set 0.1.")
+        if isinstance(folders, str):
+            raise UserError(f"source.folders must be a list, got {folders!r}. Set source.folders=[{folders}].")
+        self.folders, self.bundled, self.held_out = [Path(f).expanduser() for f in folders], bundled, held_out
+
+    def names(self, split: str) -> list[tuple[Path | None, str]]:
+        """(folder or zip, name in it) of each picture, None for scikit-image's. Raises UserError when there is none."""
+        found: list[tuple[Path | None, str]] = []
+        if self.bundled:
+            found += [(None, name) for name in (BUNDLED if split == "train" else BUNDLED_HELD_OUT)]
+        for place in self.folders:
+            inside = _pictures(place)
+            # evenly spread, so that a folder of several scenes gives some of each
+            out = [math.floor((i + 1) * self.held_out) > math.floor(i * self.held_out) for i in range(len(inside))]
+            found += [(place, name) for name, held in zip(inside, out) if held == (split == "held_out")]
+        if not found:
+            raise UserError(
+                f"synthflow has no photographs for {split}. Set source.bundled=true, name a folder with more "
+                "pictures in source.folders, or raise source.held_out."
+            )
+        return found
+
+    def of(self, split: str) -> "PhotographList":
+        return PhotographList(self.names(split))
+
+
+class PhotographList:
+    """Pictures by number, decoded on first use."""
+
+    def __init__(self, names: list[tuple[Path | None, str]]):
+        self.names = names
+        self._levels: OrderedDict[int, list[Tensor]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def level(self, number: int, step: float) -> tuple[Tensor, int]:
+        """Picture float32 (3, h, w) 0..255 shrunk 1, 2 or 4 times, such that samples `step` of its original pixels
+        apart are at most about one of these apart; and how many times."""
+        if number not in self._levels:
+            while len(self._levels) >= KEPT:
+                self._levels.popitem(last=False)
+            full = torch.from_numpy(_read(*self.names[number])).permute(2, 0, 1).float().contiguous()
+            levels = [full]
+            for _ in range(2):
+                small = F.avg_pool2d(levels[-1], 2) if min(levels[-1].shape[1:]) >= 16 else levels[-1]
+                levels.append(small)
+            self._levels[number] = levels
+        self._levels.move_to_end(number)
+        levels = self._levels[number]
+        depth = min(max(0, math.ceil(math.log2(step) - 0.1)), 2)
+        chosen = levels[depth]
+        return chosen, max(1, round(levels[0].shape[1] / chosen.shape[1]))
+
+    def fingerprint(self, facts: str) -> str:
+        """16 hex digits of the names and `facts`."""
+        lines = [facts, *(f"{place.name if place else 'skimage'}/{name}" for place, name in self.names)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_levels": OrderedDict()}
+
+
+def _pictures(place: Path) -> list[str]:
+    """Names of the pictures in a folder or zip, sorted. Raises UserError when it is neither, or empty."""
+    if place.is_dir():
+        names = [p.relative_to(place).as_posix() for p in place.rglob("*") if p.suffix.lower() in SUFFIXES]
+    elif place.is_file() and place.suffix.lower() == ".zip":
+        try:
+            with zipfile.ZipFile(place) as archive:
+                names = [name for name in archive.namelist() if Path(name).suffix.lower() in SUFFIXES]
+        except UNREADABLE as error:
+            raise UserError(f"{place} cannot be read as a zip ({error}). Put an intact copy there.") from error
+    else:
+        raise UserError(f"source.folders: {place} is neither a folder nor a zip. Name one that holds photographs.")
+    if not names:
+        raise UserError(f"source.folders: {place} holds no pictures. Name a folder or zip that holds photographs.")
+    return sorted(names)
+
+
+def _read(place: Path | None, name: str) -> np.ndarray:
+    """uint8 (H, W, 3), no side longer than LONGEST."""
+    try:
+        if place is None:
+            from skimage import data
+
+            pixels = getattr(data, name)()
+            picture = Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels)
+        else:
+            if place.is_dir():
+                content = (place / name).read_bytes()
+            else:
+                with zipfile.ZipFile(place) as archive:
+                    content = archive.read(name)
+            picture = Image.open(io.BytesIO(content))
+        picture = picture.convert("RGB")
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        where = f"scikit-image's {name}" if place is None else f"{place / name}"
+        raise UserError(f"The photograph {where} cannot be read ({error}). Put an intact copy there.") from error
+    if max(picture.size) > LONGEST:
+        picture.thumbnail((LONGEST, LONGEST), Image.Resampling.BOX)
+    return np.array(picture)
