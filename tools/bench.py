@@ -15,12 +15,9 @@ measured in a process of its own. Nothing here is asserted: the tables are for r
 """
 
 import argparse
-import ctypes
-import gc
 import importlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,9 +29,9 @@ from types import ModuleType
 from common.errors import UserError, nearest
 from common.files import write_json
 from common.runtime import report
+from common.runtime.memory import peak_growth
 
 FOLDER = Path(__file__).resolve().parent / "benchmarks"
-MIB = 2**20
 MEMORY_STEPS = 2  # the second step has the optimiser's state beside the activations
 
 
@@ -105,23 +102,14 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
-def resident(peak: bool) -> float:
-    """Memory of this process in MiB: now, or the most it ever was."""
-    if not peak and Path("/proc/self/statm").exists():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
-
-
 def measure_memory(step: Callable, case: str) -> float:
     """By how many MiB the process grows, at its peak, over what it held before the first step."""
-    gc.collect()
-    if sys.platform == "linux":  # what building the network freed must not look like memory in use
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
-    before = resident(peak=False)
-    for repeat in range(MEMORY_STEPS):
-        step(case, repeat)
-    return resident(peak=True) - before
+
+    def steps() -> None:
+        for repeat in range(MEMORY_STEPS):
+            step(case, repeat)
+
+    return peak_growth(steps)
 
 
 def memory_of(arguments: Sequence[str], variant: str, case: str) -> float:

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 
+from common.runtime.memory import MIB, resident
 from tools import bench
 from tools.benchmarks import ect
 
@@ -177,12 +178,12 @@ def test_peak_memory_is_that_of_a_fresh_process(repo):
 
 
 def test_memory_sees_what_a_step_holds():
-    block = 64 * bench.MIB
+    block = 64 * MIB
 
     def step(case, repeat):
         return bytearray(block)[::4096]  # written to, so it is resident
 
-    free = bench.resident(peak=True) - bench.resident(peak=False)  # earlier tests may have held more than this one
+    free = resident(peak=True) - resident(peak=False)  # earlier tests may have held more than this one
     assert bench.measure_memory(step, "any") >= min(64, free) * 0.9
 
 
