@@ -60,3 +60,19 @@ def bias_and_norm_groups(
         options = {} if decays else {"weight_decay": 0.0}
         groups.append({"params": parameters, **options, **({"lr": bias_lr * lr} if faster else {})})
     return groups
+
+
+def matrix_groups(module: nn.Module) -> list[dict]:
+    """Two groups for `common.optim.muon.Muon`: the matrices of linear layers (`matrix` True), and everything else.
+
+    A matrix is a parameter `weight` of two axes, unless its layer looks rows up (nn.Embedding): learned tokens, tables,
+    filters, gains and biases are none. Other optimisers take the groups as well and ignore the mark. Frozen parameters
+    are left out, a shared parameter appears once, empty groups are dropped.
+    """
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    found: dict[bool, list] = {True: [], False: []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            named = name.rpartition(".")[2] == "weight"
+            found[named and parameter.dim() == 2 and id(parameter) not in tables].append(parameter)
+    return [{"params": parameters, "matrix": matrix} for matrix, parameters in found.items() if parameters]
