@@ -196,12 +196,23 @@ def _read(part: str, name: str, key: str, folder: Path):
     from omegaconf import OmegaConf
 
     top = OmegaConf.load(ROOT / "conf" / "config.yaml")
-    chosen = OmegaConf.load(ROOT / "conf" / part / f"{name}.yaml")
+    chosen = _with_parents(part, name)
     tree = OmegaConf.create({"paths": top.paths, "seed": 0, "data": {"root": str(folder)}})
     # experiments bring their whole tree to the top, the other groups stand under their own name
     tree = OmegaConf.merge(tree, chosen if part == "experiment" else {part: chosen}, {"paths": {"data": str(folder)}})
     value = OmegaConf.select(tree, key)
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _with_parents(part: str, name: str):
+    """conf/<part>/<name>.yaml over the choices of its group that it is a variant of."""
+    from omegaconf import OmegaConf
+
+    chosen = OmegaConf.load(ROOT / "conf" / part / f"{name}.yaml")
+    for parent in chosen.get("defaults", []):
+        if isinstance(parent, str) and (ROOT / "conf" / part / f"{parent}.yaml").is_file():
+            chosen = OmegaConf.merge(_with_parents(part, parent), chosen)
+    return chosen
 
 
 def _check_source(name: str, folder: Path) -> None:

@@ -145,6 +145,11 @@ class ImageFiles:
         pixels = np.asarray(picture)
         return pixels[None].copy() if self.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
+    @property
+    def numbered(self) -> bool:
+        """Whether `dataset.json` numbers the classes, instead of subfolders."""
+        return LABEL_FILE in self._sizes
+
     def where(self, index: int) -> str:
         """Path of picture `index`; inside a zip `<zip>:<member>`."""
         return f"{self.path}:{self.files[index]}" if self.path.is_file() else str(self.path / self.files[index])
@@ -184,7 +189,7 @@ class ImageFiles:
         return found
 
     def _read_labels(self, num_classes: int) -> np.ndarray:
-        labels = self._labels_from_json() if LABEL_FILE in self._sizes else self._labels_from_folders()
+        labels = self._labels_from_json() if self.numbered else self._labels_from_folders()
         if labels.min() < 0 or labels.max() >= num_classes:
             raise UserError(
                 f"{self.path} holds labels {labels.min()}..{labels.max()}, but data.source.num_classes is "

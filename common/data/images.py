@@ -179,11 +179,15 @@ class ImageDataModule(RestartingDataModule):
 
     def _batches(self, images: Images, sampler: StatelessSampler | EvalSampler) -> Batches:
         endless = isinstance(sampler, StatelessSampler)
-        draws = _Draws(images, mirrored=endless and self.xflip)
         kind = Batches if endless else CountedBatches
+        draws = self._draws(images, endless)
         batches = kind(draws, sampler, num_workers=self.num_workers, pin_memory=self.pin_memory)
         self._loaders.append(batches)
         return batches
+
+    def _draws(self, images: Images, endless: bool) -> Dataset:
+        """What turns a list of (index, position) into one batch; `endless`: for training."""
+        return _Draws(images, mirrored=endless and self.xflip)
 
 
 class _Draws(Dataset):

@@ -12,7 +12,7 @@ from common.errors import UserError, nearest
 from common.metrics.evaluate import Collected, GeneratorEvaluation
 from common.metrics.features import FeatureExtractor
 from common.metrics.measurement import Measurement
-from common.metrics.reference import SplitImages
+from common.metrics.reference import SplitImages, StatisticsFile
 from common.runtime.ema import averaged, choose_average
 from common.runtime.generative import GenerativeModule, index_batches
 from common.runtime.module import ResearchModule, evaluating, leaves, to_device
@@ -32,6 +32,8 @@ class Evaluation:
     curve_samples        images per point of the curve
     at_start             the curve begins with the initial weights
     reference            split of the real images the generated ones are compared with
+    statistics           file of feature statistics to compare with in place of those images: one of `tools.fid_ref`, or
+                         an npz with mu and sigma as papers publish; None: the images
     floor                also the distance of held-out real images (split "test") from the training images
     rounding, ddof, inception_score, precision_recall, cache_dir   see `GeneratorEvaluation`
 
@@ -57,6 +59,7 @@ class Evaluation:
         precision_recall: bool = False,
         cache_dir: str = ".cache/metrics",
         reference: str = "train",
+        statistics: str | None = None,
     ):
         index_batches(samples, batch_size, "evaluate")
         index_batches(curve_samples, batch_size, "evaluate")
@@ -65,6 +68,9 @@ class Evaluation:
             every_n_steps, curve_samples, at_start, floor,
         )  # fmt: skip
         self.reference = reference
+        self.statistics = None if statistics is None else StatisticsFile(path=statistics)
+        if statistics is not None and precision_recall:
+            raise UserError("evaluate.precision_recall needs images. Set it to false, or evaluate.statistics=null.")
         self.samplers = {name: sampler for name, sampler in samplers.items() if sampler is not None}
         self.extractors = [extractor for extractor in extractors.values() if extractor is not None]
         self._options = dict(
@@ -76,16 +82,20 @@ class Evaluation:
         return bool(self.samplers and self.extractors)
 
     def check(self, module: ResearchModule, data) -> None:
-        """Raises UserError when the module generates no images."""
+        """Raises UserError when the module generates no images, or the data have none to measure them against."""
         if self and not isinstance(module, GenerativeModule):
             raise UserError(
                 f"evaluate measures generated images, but {type(module).__name__} makes none. Set evaluate=split."
             )
+        if self.statistics is not None:
+            return
         if self and self.reference not in data.splits:
             raise UserError(
                 f"evaluate.reference={self.reference} is no split of the data. {nearest(self.reference, data.splits)}"
                 f"Splits: {', '.join(data.splits)}."
             )
+        if self and hasattr(data, "check_reference"):
+            data.check_reference(self.reference)
 
     def curve(self, module: GenerativeModule, data) -> dict[str, Measurement]:
         """`run` with the images of one point of the curve."""
@@ -99,7 +109,7 @@ class Evaluation:
         judge = GeneratorEvaluation(
             extractors=self.extractors, samples=samples, device=str(module.device), **self._options
         )
-        reference = SplitImages(data=data, split=self.reference)
+        reference = self.statistics or SplitImages(data=data, split=self.reference)
         results: dict[str, Measurement] = {}
         for name, sampler in self.samplers.items():
             started = time.perf_counter()

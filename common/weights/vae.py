@@ -1,6 +1,6 @@
 """The autoencoder of Stable Diffusion: images to moments of latents, and latents back to images.
 
-The network is diffusers' `AutoencoderKL`, an optional dependency (`pip install -e .[latents]`) imported at first use.
+The network is diffusers' `AutoencoderKL`, an optional dependency (`pip install -e '.[latents]'`) imported at first use.
 MeanFlow and iMF use the weights `stabilityai/sd-vae-ft-mse`; any folder saved by diffusers is read.
 """
 
@@ -71,7 +71,7 @@ class SdVae:
     def check(self) -> None:
         if importlib.util.find_spec("diffusers") is None:
             raise UserError(
-                "Latents need the package diffusers, which is not installed. Run: pip install -e .[latents]"
+                "Latents need the package diffusers, which is not installed. Run: pip install -e '.[latents]'"
             )
         self._file()
 
