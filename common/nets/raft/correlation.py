@@ -34,7 +34,7 @@ class AllPairs:
     def prepare(self, first: Tensor, second: Tensor) -> Pyramid:
         """Feature maps (B, D, h, w) -> level l of the volume as (B, h w, h_l, w_l), float32, h_l = floor(h / 2^l)."""
         with without_autocast(first.device.type):
-            volume = _volume(first.float().flatten(2), second.float())
+            volume = _volume(_full(first).flatten(2), _full(second))
             levels = [volume]
             for _ in range(self.levels - 1):
                 levels.append(F.avg_pool2d(levels[-1], 2))
@@ -47,7 +47,7 @@ class AllPairs:
         Zero outside the image. Differentiable in pyramid and coords.
         """
         with without_autocast(coords.device.type):
-            points = coords.float().flatten(2)
+            points = _full(coords).flatten(2)
             found = [window(level, points / 2**i, self.radius) for i, level in enumerate(pyramid)]
             return torch.cat(found, dim=1).unflatten(2, coords.shape[2:])
 
@@ -68,10 +68,10 @@ class OnDemand:
         The mean over x of <f1[p], f2[x]> is the product with the mean of f2.
         """
         with without_autocast(first.device.type):
-            levels = [second.float()]
+            levels = [_full(second)]
             for _ in range(self.levels - 1):
                 levels.append(F.avg_pool2d(levels[-1], 2))
-            return (first.float(), *levels)
+            return (_full(first), *levels)
 
     def __call__(self, pyramid: Pyramid, coords: Tensor) -> Tensor:
         """As `AllPairs`, from what `prepare` gave."""
@@ -80,7 +80,7 @@ class OnDemand:
             batch, _, h, w = levels[0].shape
             rows = max(1, self.chunk // max(1, batch * h * w))
             grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*pyramid, coords))
-            pieces = zip(first.flatten(2).split(rows, dim=2), coords.float().flatten(2).split(rows, dim=2), strict=True)
+            pieces = zip(first.flatten(2).split(rows, dim=2), _full(coords).flatten(2).split(rows, dim=2), strict=True)
             found = [
                 checkpoint(self._rows, f, p, *levels, use_reentrant=False) if grad else self._rows(f, p, *levels)
                 for f, p in pieces
@@ -90,6 +90,10 @@ class OnDemand:
     def _rows(self, features: Tensor, points: Tensor, *levels: Tensor) -> Tensor:
         found = [window(_volume(features, level), points / 2**i, self.radius) for i, level in enumerate(levels)]
         return torch.cat(found, dim=1)
+
+
+def _full(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _volume(first: Tensor, second: Tensor) -> Tensor:

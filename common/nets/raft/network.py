@@ -114,10 +114,11 @@ class FlowEquilibrium(nn.Module):
         """
         self._check(first, second)
         batch, _, height, width = first.shape
-        origin = grid(batch, height // FACTOR, width // FACTOR, device=first.device)
+        exact = torch.promote_types(first.dtype, torch.float32)  # half precision has too few digits for coordinates
+        origin = grid(batch, height // FACTOR, width // FACTOR, dtype=exact, device=first.device)
         one, two = self.features(torch.cat([first, second])).chunk(2)
         correlation = self.cell.lookup.prepare(one, two)
-        h, context = self._context(first)
+        h, context = self._context(first, exact)
         attention = () if self.attention is None else self.attention(context)
         reset(self.cell)
         args = (self.cell.gru.inject(context), correlation, origin, attention)
@@ -133,7 +134,7 @@ class FlowEquilibrium(nn.Module):
         if self.state is None:
             raise UserError("there is no state to carry on before the first call. Pass start=None for the first pair.")
         h, c = self.state
-        origin = grid(len(c), *c.shape[2:], device=c.device)
+        origin = grid(len(c), *c.shape[2:], dtype=c.dtype, device=c.device)
         return h, origin + forward_interpolate(c - origin)
 
     def freeze_batch_norm(self, frozen: bool = True) -> None:
@@ -152,14 +153,14 @@ class FlowEquilibrium(nn.Module):
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "state": None}
 
-    def _context(self, image: Tensor) -> FlowState:
+    def _context(self, image: Tensor, exact: torch.dtype) -> FlowState:
         """(first hidden state, injected context)."""
         context = self.context(image)
         if self.hidden_init == "zero":
-            h = torch.zeros_like(context, dtype=image.dtype)
+            h = torch.zeros_like(context, dtype=exact)
         else:
             h, context = context.split(self.hidden_channels, dim=1)
-            h = torch.tanh(h).to(image.dtype)
+            h = torch.tanh(h).to(exact)
         return h, torch.relu(context)
 
     def _started(self, start: FlowState, h: Tensor) -> FlowState:
@@ -186,14 +187,12 @@ class FlowEquilibrium(nn.Module):
             )
 
 
-def grid(batch: int, height: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """(B, 2, height, width) float32: x and y of each pixel."""
-    y, x = torch.meshgrid(
-        torch.arange(height, device=device, dtype=torch.float32),
-        torch.arange(width, device=device, dtype=torch.float32),
-        indexing="ij",
-    )
-    return torch.stack([x, y]).expand(batch, 2, height, width)
+def grid(
+    batch: int, height: int, width: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
+    """(B, 2, height, width): x and y of each pixel."""
+    y, x = (torch.arange(size, dtype=dtype, device=device) for size in (height, width))
+    return torch.stack(torch.meshgrid(x, y, indexing="xy")).expand(batch, 2, height, width)
 
 
 def _check_sizes(**fields: int | tuple[int, Sequence[int]]) -> None:
