@@ -282,15 +282,19 @@ class PowerOmega:
 class GuidanceInterval:
     """(t_min, t_max), times between which guidance acts: t_min uniform on [0, split), t_max on [split, 1). iMF, pMF.
 
+    whole   always (0, 1): guidance at all times, in the paper's ablation the step before
     Returns a pair of (n,) tensors.
     """
 
     split: float = 0.5
+    whole: bool = False
 
     def __post_init__(self):
         limits.number("split", self.split, above=0, most=1)
 
     def __call__(self, n: int, generator: Generator | None = None, device="cpu") -> tuple[Tensor, Tensor]:
+        if self.whole:
+            return torch.zeros(n, device=device), torch.ones(n, device=device)
         low, high = (torch.rand(n, generator=generator, device=device) for _ in range(2))
         return low * self.split, self.split + high * (1 - self.split)
 

@@ -192,7 +192,9 @@ class ImprovedMeanFlowLoss:
 
     The derivative follows the network's own velocity, not e - x, which the network cannot see.
     power, eps    of the weights w = 1/stopgrad(|.|^2 + eps)^power; official 1, 0.01
-    head          where that velocity comes from. "auxiliary": the v-head, trained beside u; "boundary": u(z, t, t)
+    head          where that velocity comes from. "auxiliary": the v-head, trained beside u; "boundary": u(z, t, t);
+                  "data": nowhere, the derivative follows the target itself, which is MeanFlow's loss (the paper's
+                  ablation starts there)
     uncond_omega  guidance scale told to the network without class: "one" (official code) or "same" (paper, algorithm 2)
     t_floor       targets are (z - x) / max(t, t_floor); 0.05 in pMF, whose networks clip alike; 0: e - x
     skip_equal    see `MeanFlowLoss`
@@ -207,7 +209,7 @@ class ImprovedMeanFlowLoss:
 
     def __post_init__(self):
         _check_weight(self)
-        limits.choice("head", self.head, ("auxiliary", "boundary"))
+        limits.choice("head", self.head, ("auxiliary", "boundary", "data"))
         limits.choice("uncond_omega", self.uncond_omega, ("one", "same"))
         limits.number("t_floor", self.t_floor, least=0, most=1)
 
@@ -245,6 +247,8 @@ class ImprovedMeanFlowLoss:
             t_min, t_max = torch.where(equal, 0.0, t_min), torch.where(equal, 1.0, t_max)
             start.conditions |= {"omega": omega, "t_min": t_min, "t_max": t_max}
             target, direction = self._guided(net, start, v)
+        if self.head == "data":
+            direction = target
         if direction is None:
             direction = self._direction(net, start)
         heads = {"heads": "both"} if self.head == "auxiliary" else {}

@@ -147,8 +147,9 @@ class GeneratorEvaluation:
             "samples": seen.statistics.n,
             "rounding": self.rounding,
         }
+        count = real.record.get("n", real.n)
         against = {
-            "reference": f"{reference.name} ({real.n} images)",
+            "reference": f"{reference.name} ({'count unknown' if count is None else f'{count} images'})",
             "reference_hash": reference_hash(reference, extractor, self.rounding),
         }
         value = frechet_distance(seen.statistics, real, ddof=self.ddof, minimum=self.minimum)

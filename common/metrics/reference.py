@@ -4,23 +4,29 @@ import hashlib
 import logging
 import os
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from common.data.folder import ImageFiles
 from common.errors import UserError
+from common.files import sha256_file
 from common.metrics.features import FeatureExtractor
 from common.metrics.fid import GaussianStatistics
 from common.metrics.hashes import safe_name, short_hash
 from common.metrics.images import to_uint8
 
 log = logging.getLogger(__name__)
+
+# Stands for a count that a file does not tell: so large that the two divisors of a covariance are one.
+UNKNOWN_COUNT = 2**40
 
 
 class ReferenceImages(Protocol):
@@ -108,6 +114,66 @@ class FolderImages:
             yield self._files.take(np.arange(start, min(start + batch_size, count)))[0]
 
 
+class StatisticsFile:
+    """Feature statistics in a file, in place of the images: of `tools.fid_ref`, or with the entries mu and sigma.
+
+    The second kind is what papers publish (ADM, MeanFlow, iMF); it does not say of which network, images and rounding,
+    nor of how many images, so results name the file. Raises UserError when it is missing, damaged or neither kind.
+    """
+
+    def __init__(self, *, path: str | os.PathLike):
+        self.path = Path(path).expanduser()
+        if not self.path.is_file():
+            raise UserError(
+                f"no reference statistics at {path}. Make them with python -m tools.fid_ref --out {path}, or set "
+                "evaluate.statistics to another file, or to null to measure against the data's own images."
+            )
+        self.name = self.path.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return sha256_file(self.path)[:16]
+
+    def images(self, batch_size: int) -> Iterator[Tensor]:
+        raise UserError(
+            f"{self.path} holds statistics, no images: precision and recall need images. "
+            "Set evaluate.precision_recall=false or evaluate.statistics=null."
+        )
+
+    def statistics(self, extractor: FeatureExtractor, rounding: str) -> GaussianStatistics:
+        """Raises UserError when they were measured with another extractor or rounding."""
+        found = self._published()
+        if found is None:
+            found = GaussianStatistics.load(self.path)
+            for key, wanted in (("extractor_hash", extractor.hash), ("rounding", rounding)):
+                if found.record.get(key) != wanted:
+                    raise UserError(
+                        f"{self.path} was measured with {key} {found.record.get(key)}, this evaluation has {wanted}. "
+                        "Make it again with python -m tools.fid_ref, or set evaluate.statistics=null."
+                    )
+        if found.dim != extractor.dim:
+            raise UserError(
+                f"{self.path} holds features of width {found.dim}, but those of {extractor.name} have {extractor.dim}. "
+                "Choose statistics of that network."
+            )
+        return found
+
+    def _published(self) -> GaussianStatistics | None:
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                if not {"mu", "sigma"} <= set(file.files):
+                    return None
+                mean, cov = (torch.from_numpy(np.asarray(file[key], dtype=np.float64)) for key in ("mu", "sigma"))
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.path} is no readable npz file: {error}. Copy it again.") from error
+        if mean.ndim != 1 or cov.shape != 2 * mean.shape:
+            raise UserError(f"{self.path} holds mu {tuple(mean.shape)} and sigma {tuple(cov.shape)}, no statistics.")
+        statistics = GaussianStatistics(dim=len(mean), record={"n": None})
+        statistics.n = UNKNOWN_COUNT
+        statistics.mean, statistics.scatter = mean, cov * (UNKNOWN_COUNT - 1)
+        return statistics
+
+
 def reference_hash(reference: ReferenceImages, extractor: FeatureExtractor, rounding: str, *extra: str) -> str:
     """16 hex digits of what the reference IS, not of its floating-point numbers: machines agree on it."""
     return short_hash(reference.fingerprint, extractor.hash, rounding, *extra)
@@ -124,8 +190,10 @@ def reference_statistics(
     """Statistics of all reference images, from `cache_dir` when they are there and intact, else computed and kept.
 
     The file is `reference-<name>-<fingerprint>-<extractor>-<hash>-<rounding>.npz`. A damaged one is computed again,
-    with a warning.
+    with a warning. A `StatisticsFile` gives its own.
     """
+    if isinstance(reference, StatisticsFile):
+        return reference.statistics(extractor, rounding)
     parts = (reference.name, reference.fingerprint, extractor.name, extractor.hash, rounding)
     path = Path(cache_dir) / f"reference-{'-'.join(safe_name(part) for part in parts)}.npz"
     if path.is_file():

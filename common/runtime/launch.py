@@ -20,7 +20,7 @@ NEUTRAL = (
     "table", "callbacks", "published", "plan.", "hydra", "trainer.max_steps", "trainer.devices", "trainer.num_nodes",
     "trainer=", "trainer.accelerator", "trainer.strategy", "trainer.enable_progress_bar", "trainer.log_every_n_steps",
     "data.root", "data.num_workers", "speed.threads", "debug", "+debug", "+experiment", "experiment", "needs.",
-    "init.hint",
+    "init.hint", "sampler@evaluate", "guidance=",
 )
 
 
@@ -45,6 +45,7 @@ def register_resolvers() -> None:
         return str(hydra_value("hydra.runtime.choices.experiment", "none")).replace("/", "_")
 
     OmegaConf.register_new_resolver("experiment_name", experiment_name, replace=True)
+    OmegaConf.register_new_resolver("count", len, replace=True)  # of a list
     OmegaConf.register_new_resolver(
         "run_name", lambda seed: run_name(seed, list(hydra_value("hydra.overrides.task", []))), replace=True
     )

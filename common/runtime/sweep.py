@@ -1,6 +1,7 @@
 """The end of a sweep: every job's result in one table and one plot, whichever launcher or sweeper ran it."""
 
 import atexit
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,16 +22,20 @@ class SweepTable(Callback):
     Jobs are found on disk (`<sweep folder>/<job>/.hydra/overrides.yaml` and `result.json`), because their processes may
     be anywhere. Hydra ends a sweep with a failed job by an exception, without telling its callbacks; the table is then
     shown when the process exits, with the error in the failed job's row.
+
+    published  the paper's numbers of an ablation, shown in a column "published": overrides of a job, as in
+               "a.b=1, c=d" -> number. A job has the number whose overrides it has all
     """
 
-    def __init__(self) -> None:
+    def __init__(self, published: Mapping[str, float] | None = None) -> None:
+        self.published = {} if published is None else {str(key): float(published[key]) for key in published}
         self.started = 0.0  # seconds since the epoch; older jobs in the same folder are not of this sweep
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         self.started = time.time() - 1.0  # coarse file-system clocks
         folder = str(Path(config.hydra.sweep.dir).absolute())
         _open_sweeps.add(folder)
-        atexit.register(_finish, folder, self.started)
+        atexit.register(_finish, folder, self.started, self.published)
 
     def on_job_end(self, config: DictConfig, job_return, **kwargs) -> None:
         if config.hydra.mode.name != "MULTIRUN" or job_return.status is None or job_return.status.name != "FAILED":
@@ -40,15 +45,15 @@ class SweepTable(Callback):
         write_json(Path(config.hydra.runtime.output_dir) / ERROR, {"type": type(error).__name__, "message": text})
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
-        _finish(str(Path(config.hydra.sweep.dir).absolute()), self.started)
+        _finish(str(Path(config.hydra.sweep.dir).absolute()), self.started, self.published)
 
 
-def _finish(folder: str, started: float) -> None:
+def _finish(folder: str, started: float, published: Mapping[str, float]) -> None:
     if folder in _open_sweeps:
         _open_sweeps.discard(folder)
         jobs = read_jobs(folder, since=started)
         if jobs:
-            summarise(folder, jobs)
+            summarise(folder, jobs, published)
 
 
 def read_jobs(folder, since: float = 0.0) -> list[dict]:
@@ -66,8 +71,9 @@ def read_jobs(folder, since: float = 0.0) -> list[dict]:
             result, error = None, f"{failure['type']}: {failure['message']}"
         elif result is None:
             error = "no result.json: the job was stopped before it finished"
-        jobs.append({"job": run.relative_to(folder).as_posix(), "overrides": overrides, "result": result,
-                     "error": error})
+        jobs.append(
+            {"job": run.relative_to(folder).as_posix(), "overrides": overrides, "result": result, "error": error}
+        )
     return sorted(jobs, key=lambda job: (len(job["job"]), job["job"]))
 
 
@@ -83,8 +89,28 @@ def swept_keys(jobs: Sequence[Mapping]) -> list[str]:
     return [key for key in keys if len({job["overrides"].get(key) for job in jobs}) > 1]
 
 
-def table_rows(jobs: Sequence[Mapping]) -> list[dict]:
-    """One row per job: job, swept values, objective, metrics, step, wall time, error (only if there is one)."""
+def published_number(overrides: Mapping[str, str], published: Mapping[str, float]) -> float | None:
+    """The number of the first entry whose overrides are all among those of the job, None without one."""
+    for words, number in published.items():
+        wanted = dict(split_override(word.strip()) for word in _words(words))
+        if all(_plain(overrides.get(key)) == _plain(value) for key, value in wanted.items()):
+            return number
+    return None
+
+
+def _plain(text: str | None):
+    """Numbers as numbers; words in small letters: Hydra writes true as True."""
+    return _value(text.lower()) if isinstance(text, str) else text
+
+
+def _words(text: str) -> list[str]:
+    """ "a=[1,2], b=3" -> ["a=[1,2]", "b=3"]: cut at the commas outside brackets."""
+    return re.split(r",\s*(?![^\[]*\])", text)
+
+
+def table_rows(jobs: Sequence[Mapping], published: Mapping[str, float] | None = None) -> list[dict]:
+    """One row per job: job, swept values, objective, metrics, published number (only if there are such), step, wall
+    time, error (only if there is one)."""
     keys = swept_keys(jobs)
     results = [job["result"] or {} for job in jobs]
     metrics = list(dict.fromkeys(name for result in results for name in result.get("metrics", {})))
@@ -94,6 +120,8 @@ def table_rows(jobs: Sequence[Mapping]) -> list[dict]:
         if any(r.get("objective") is not None for r in results):
             row["objective"] = result.get("objective")
         row |= {name: result.get("metrics", {}).get(name, {}).get("value") for name in metrics}
+        if published:
+            row["published"] = published_number(job["overrides"], published)
         row |= {"step": result.get("step"), "wall_time_s": result.get("wall_time_s")}
         if any(other["error"] for other in jobs):
             row["error"] = job["error"]
@@ -101,9 +129,9 @@ def table_rows(jobs: Sequence[Mapping]) -> list[dict]:
     return rows
 
 
-def summarise(folder, jobs: Sequence[Mapping]) -> list[Path]:
+def summarise(folder, jobs: Sequence[Mapping], published: Mapping[str, float] | None = None) -> list[Path]:
     """Writes and prints the table of a sweep; returns the paths. No plot when no job brought a number."""
-    rows = table_rows(jobs)
+    rows = table_rows(jobs, published)
     written = report.write_table(folder, "table", rows)
     if plot(rows, swept_keys(jobs), Path(folder) / "table.png"):
         written.append(Path(folder) / "table.png")
@@ -119,11 +147,16 @@ def summarise(folder, jobs: Sequence[Mapping]) -> list[Path]:
 
 
 def _shown(rows: Sequence[Mapping]) -> list[dict]:
-    """The rows as a terminal can hold them: no error texts, no second copy of the objective, four metrics at most."""
+    """The rows as a terminal can hold them: no error texts, no second copy of the objective, four metrics at most, and
+    of a swept key its last word where that is enough."""
     same = _metric_name(rows)
     metrics = [name for name in report.columns_of(rows) if "/" in name]
     hidden = {"error", *([] if same in (None, "objective") else ["objective"]), *metrics[4:]} - {same}
-    return [{key: value for key, value in row.items() if key not in hidden} for row in rows]
+    columns = report.columns_of(rows)
+    short = {key: key.partition("@")[0] if "@" in key else key.rpartition(".")[2] for key in columns if "/" not in key}
+    used = list(short.values())
+    names = {key: short[key] if key in short and used.count(short[key]) == 1 else key for key in columns}
+    return [{names[key]: value for key, value in row.items() if key not in hidden} for row in rows]
 
 
 def plot(rows: Sequence[Mapping], keys: Sequence[str], path) -> bool:
@@ -159,7 +192,7 @@ def plot(rows: Sequence[Mapping], keys: Sequence[str], path) -> bool:
 
 def _metric_name(rows: Sequence[Mapping]) -> str | None:
     """The objective, by the name of the metric it is when it is one; without an objective the first metric."""
-    skip = {"job", "step", "wall_time_s", "error"}
+    skip = {"job", "step", "wall_time_s", "error", "published"}
     names = [name for name in report.columns_of(rows) if name not in skip]
     metrics = [name for name in names if "/" in name and any(isinstance(row.get(name), float) for row in rows)]
     if "objective" in names:
@@ -201,10 +234,19 @@ def _draw_bars(axes, groups: Mapping[str, list[tuple]]) -> None:
         colour = report.COLOURS[index % len(report.COLOURS)]
         values = {name: [y for x, y in points if str(x) == name] for name in names}
         places = [at for at, name in enumerate(names) if values[name]]
-        axes.bar([at - 0.4 + width * (index + 0.5) for at in places], [_mean(values[names[at]]) for at in places],
-                 width=width * 0.95, color=colour, label=label)
-    axes.set_xticks(range(len(names)), names, rotation=20 if max(map(len, names)) > 10 else 0,
-                    ha="right" if max(map(len, names)) > 10 else "center")
+        axes.bar(
+            [at - 0.4 + width * (index + 0.5) for at in places],
+            [_mean(values[names[at]]) for at in places],
+            width=width * 0.95,
+            color=colour,
+            label=label,
+        )
+    axes.set_xticks(
+        range(len(names)),
+        names,
+        rotation=20 if max(map(len, names)) > 10 else 0,
+        ha="right" if max(map(len, names)) > 10 else "center",
+    )
 
 
 def _value(text: str | None):

@@ -9,7 +9,7 @@ from torch import nn
 from common.diffusion.sample import AverageVelocitySteps
 from common.diffusion.time import GuidanceInterval, LabelDrop, LogitNormal, OrderThenMask, PowerOmega
 from common.errors import UserError
-from common.losses.meanflow import ImprovedMeanFlowLoss
+from common.losses.meanflow import ImprovedMeanFlowLoss, MeanFlowLoss
 from projects.imf.module import ImprovedMeanFlow
 
 TIMES = OrderThenMask(base=LogitNormal(mean=-0.4, std=1.0), equal=0.5, rows="spread")
@@ -103,6 +103,35 @@ def test_the_auxiliary_head_gives_the_direction_and_is_trained_beside():
     expected = sum(k / (k.detach() + 0.01) for k in errors).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     same_gradients(net, loss, expected)
+
+
+def test_with_the_datas_own_direction_it_is_meanflow():
+    """V - v = u - (v - (t - r) du/dt): the same loss and gradient, the first row of the paper's ablation."""
+    net, given = Affine(), batch()
+    made = module(net, head="data", power=0.75, eps=1e-3)
+    x, t, r, e, conditions = made.inputs(given)
+    ours = made.loss(net, x, t, r, e, **conditions).loss.mean()
+    theirs = MeanFlowLoss(power=0.75, eps=1e-3)(net, x, t, r, e, **conditions).loss.mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    same_gradients(net, ours, theirs)
+    boundary = module(net, head="boundary", power=0.75, eps=1e-3)
+    assert not torch.allclose(ours, boundary.loss(net, x, t, r, e, **conditions).loss.mean(), rtol=1e-3)
+
+
+def test_with_the_datas_own_direction_guidance_moves_target_and_direction():
+    net, given = Affine(), batch()
+    made = module(net, **GUIDED, head="data", power=0.0)
+    x, t, r, e, conditions = made.inputs(given)
+    found = made.loss(net, x, t, r, e, **conditions).loss.detach()
+    t, r, z, v = drawn(made, given["image"])
+    omega, low, high = (conditions[k].double() for k in ("omega", "t_min", "t_max"))
+    low, high = torch.where(t == r, 0, low), torch.where(t == r, 1, high)
+    scale, labels = torch.where((t >= low) & (t <= high), omega, 1.0), torch.eye(3)[given["label"]]
+    with torch.no_grad():
+        v_cond, v_uncond = net(z, t, t, labels, omega=scale), net(z, t, t, omega=torch.ones_like(omega))
+        target = v + wide(1 - 1 / scale) * (v_cond - v_uncond)
+        compound = net(z, t, r, labels, omega=omega) + wide(t - r) * (net.a * target + net.b)
+    torch.testing.assert_close(found, squared(compound - target), rtol=1e-10, atol=0)
 
 
 def test_a_point_has_no_loss_at_the_exact_average_velocity():

@@ -134,6 +134,8 @@ def test_guidance_interval_and_label_drop():
     low, high = time.GuidanceInterval()(100_000, generator())
     assert low.min() >= 0 and low.max() < 0.5 <= high.min() and high.max() <= 1
     assert abs(low.mean() - 0.25) < 0.002 and abs(high.mean() - 0.75) < 0.002
+    low, high = time.GuidanceInterval(whole=True)(5, generator())
+    assert low.tolist() == [0.0] * 5 and high.tolist() == [1.0] * 5
     each = time.LabelDrop(p=0.1)(100_000, generator())
     assert abs(each.float().mean() - 0.1) < 0.003 and each[50_000:].sum() > 0
     first = time.LabelDrop(p=0.1, rows="first")(100_000, generator())

@@ -13,6 +13,7 @@ from common.metrics.fid import GaussianStatistics
 from common.metrics.reference import (
     FolderImages,
     SplitImages,
+    StatisticsFile,
     TensorImages,
     compute_statistics,
     first,
@@ -161,3 +162,39 @@ def test_bad_folders_are_named(tmp_path):
     (tmp_path / "made" / "000.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"000\.png is not a readable image"):
         FolderImages(path=tmp_path / "made")
+
+
+def test_statistics_in_a_file_stand_for_the_images(reference, tmp_path):
+    """Those of tools.fid_ref exactly; mu and sigma to rounding, whatever the divisor."""
+    pixels = Pixels(channels=1, resolution=3)
+    own = compute_statistics(reference, pixels)
+    own.save(tmp_path / "own.npz")
+    file = StatisticsFile(path=tmp_path / "own.npz")
+    found = reference_statistics(file, pixels, cache_dir=tmp_path / "cache")
+    assert found.n == 20 and torch.equal(found.scatter, own.scatter) and not (tmp_path / "cache").exists()
+    assert file.name == "own.npz" and len(file.fingerprint) == 16
+    np.savez(tmp_path / "published.npz", mu=own.mean.numpy(), sigma=own.cov(1).numpy())
+    found = reference_statistics(StatisticsFile(path=tmp_path / "published.npz"), pixels, cache_dir=tmp_path)
+    for ddof in (0, 1):
+        torch.testing.assert_close(found.cov(ddof), own.cov(1), rtol=1e-9, atol=0)
+    assert torch.equal(found.mean, own.mean) and found.record["n"] is None
+
+
+def test_statistics_that_do_not_fit_are_refused(reference, tmp_path):
+    pixels = Pixels(channels=1, resolution=3)
+    compute_statistics(reference, pixels).save(tmp_path / "own.npz")
+    file = StatisticsFile(path=tmp_path / "own.npz")
+    with pytest.raises(UserError, match="measured with rounding edm, this evaluation has floor255"):
+        file.statistics(pixels, "floor255")
+    with pytest.raises(UserError, match="measured with extractor_hash"):
+        file.statistics(Pixels(channels=1, resolution=4), "edm")
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(UserError, match="features of width 5, but those of pixels have 9"):
+        StatisticsFile(path=tmp_path / "wide.npz").statistics(pixels, "edm")
+    with pytest.raises(UserError, match="precision and recall need images"):
+        file.images(10)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "own.npz").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"cut\.npz is no"):
+        StatisticsFile(path=tmp_path / "cut.npz").statistics(pixels, "edm")
+    with pytest.raises(UserError, match=r"no reference statistics at .*gone\.npz"):
+        StatisticsFile(path=tmp_path / "gone.npz")

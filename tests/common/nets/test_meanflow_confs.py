@@ -9,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from common.runtime.launch import register_resolvers
 from common.weights.build import build, resolve
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
@@ -16,8 +17,9 @@ NAMES = sorted(p.stem for kind in ("meanflow", "dit", "mit", "pmf") for p in (CO
 
 
 def composed(name: str) -> dict:
+    register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return OmegaConf.to_container(compose(f"net/{name}").net)
+        return OmegaConf.to_container(compose(f"net/{name}").net, resolve=True)
 
 
 def says_every_option(config: dict) -> None:
