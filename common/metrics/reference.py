@@ -115,9 +115,9 @@ class FolderImages:
 
 
 class StatisticsFile:
-    """Feature statistics in a file, in place of the images: of `tools.fid_ref`, or with the entries mu and sigma.
+    """Feature statistics in a file, in place of the images: of `tools.fid_ref`, or with mu and sigma.
 
-    The second kind is what papers publish (ADM, MeanFlow, iMF); it does not say of which network, images and rounding,
+    The second kind, also called ref_mu and ref_sigma, is what papers publish (ADM, MeanFlow, iMF); it does not say of which network, images and rounding,
     nor of how many images, so results name the file. Raises UserError when it is missing, damaged or neither kind.
     """
 
@@ -161,9 +161,10 @@ class StatisticsFile:
     def _published(self) -> GaussianStatistics | None:
         try:
             with np.load(self.path, allow_pickle=False) as file:
-                if not {"mu", "sigma"} <= set(file.files):
+                keys = [names for names in (("mu", "sigma"), ("ref_mu", "ref_sigma")) if set(names) <= set(file.files)]
+                if not keys:
                     return None
-                mean, cov = (torch.from_numpy(np.asarray(file[key], dtype=np.float64)) for key in ("mu", "sigma"))
+                mean, cov = (torch.from_numpy(np.asarray(file[key], dtype=np.float64)) for key in keys[0])
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{self.path} is no readable npz file: {error}. Copy it again.") from error
         if mean.ndim != 1 or cov.shape != 2 * mean.shape:

@@ -34,6 +34,7 @@ class Evaluation:
     reference            split of the real images the generated ones are compared with
     statistics           file of feature statistics to compare with in place of those images: one of `tools.fid_ref`, or
                          an npz with mu and sigma as papers publish; None: the images
+    balanced             as many images of every class, image i of class i modulo their number; False: random classes
     floor                also the distance of held-out real images (split "test") from the training images
     rounding, ddof, inception_score, precision_recall, cache_dir   see `GeneratorEvaluation`
 
@@ -60,6 +61,7 @@ class Evaluation:
         cache_dir: str = ".cache/metrics",
         reference: str = "train",
         statistics: str | None = None,
+        balanced: bool = False,
     ):
         index_batches(samples, batch_size, "evaluate")
         index_batches(curve_samples, batch_size, "evaluate")
@@ -67,7 +69,7 @@ class Evaluation:
         self.every_n_steps, self.curve_samples, self.at_start, self.with_floor = (
             every_n_steps, curve_samples, at_start, floor,
         )  # fmt: skip
-        self.reference = reference
+        self.reference, self.balanced = reference, balanced
         self.statistics = None if statistics is None else StatisticsFile(path=statistics)
         if statistics is not None and precision_recall:
             raise UserError("evaluate.precision_recall needs images. Set it to false, or evaluate.statistics=null.")
@@ -113,7 +115,11 @@ class Evaluation:
         results: dict[str, Measurement] = {}
         for name, sampler in self.samplers.items():
             started = time.perf_counter()
-            images = (module.generate(indices, sampler=sampler, seed=self.seed) for indices in batches)
+            classes = module.net.label_dim if self.balanced else 0
+            images = (
+                module.generate(indices, sampler=sampler, seed=self.seed, labels=indices % classes if classes else None)
+                for indices in batches
+            )
             share = sum(len(indices) for indices in batches)
             collected = _merge(judge.collect(images, samples=share) if share else {}, judge)
             measured = judge.measure(collected, reference)

@@ -41,14 +41,18 @@ class GenerativeModule(ResearchModule):
         """
         if not self.net.label_dim or labels is None:
             return None
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not only_shapes(labels):
-            bad = labels[(labels < 0) | (labels >= self.net.label_dim)]
-            if len(bad):
-                raise UserError(
-                    f"class labels must lie in 0..{self.net.label_dim - 1} (label_dim={self.net.label_dim}), "
-                    f"got {int(bad[0])}. Set label_dim of the network to the number of classes."
-                )
+        self._check_labels(labels)
         return nn.functional.one_hot(labels, self.net.label_dim).to(torch.float32)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if labels.device.type != "cpu" or torch.compiler.is_compiling() or only_shapes(labels):
+            return
+        bad = labels[(labels < 0) | (labels >= self.net.label_dim)]
+        if len(bad):
+            raise UserError(
+                f"class labels must lie in 0..{self.net.label_dim - 1} (label_dim={self.net.label_dim}), "
+                f"got {int(bad[0])}. Set label_dim of the network to the number of classes."
+            )
 
     def fake_batch(self, samples: int) -> dict[str, Tensor]:
         """image (B, C, H, W), label (B,), position (B,), as `common.data.images` gives them."""
@@ -78,6 +82,9 @@ class GenerativeModule(ResearchModule):
             noise = ImageNoise(seed=seed, indices=indices, shape=noise_shape(self.net), device=self.device)
             if labels is None and self.net.label_dim:
                 labels = noise.labels(self.net.label_dim)
+            elif labels is not None and self.net.label_dim:
+                self._check_labels(labels)  # here: on another device nobody can look without waiting
+                labels = labels.to(self.device)
             made = sampler(self.denoiser(labels), noise.z, noise.noise)
             return made if self.decoder is None else self.decoder(made)
         finally:

@@ -175,6 +175,9 @@ def test_statistics_in_a_file_stand_for_the_images(reference, tmp_path):
     assert file.name == "own.npz" and len(file.fingerprint) == 16
     np.savez(tmp_path / "published.npz", mu=own.mean.numpy(), sigma=own.cov(1).numpy())
     found = reference_statistics(StatisticsFile(path=tmp_path / "published.npz"), pixels, cache_dir=tmp_path)
+    np.savez(tmp_path / "prefixed.npz", ref_mu=own.mean.numpy(), ref_sigma=own.cov(1).numpy())
+    same = StatisticsFile(path=tmp_path / "prefixed.npz").statistics(pixels, "edm")
+    assert torch.equal(same.scatter, found.scatter)
     for ddof in (0, 1):
         torch.testing.assert_close(found.cov(ddof), own.cov(1), rtol=1e-9, atol=0)
     assert torch.equal(found.mean, own.mean) and found.record["n"] is None

@@ -62,6 +62,24 @@ def test_the_reference_is_the_split_asked_for(run):
         Evaluation(**options(reference="tset")).check(run.module, run.data)
 
 
+def test_statistics_in_a_file_take_the_place_of_the_images(run, tmp_path):
+    usual = Evaluation(**options(cache_dir=str(tmp_path))).run(run.module, run.data)["fd_pixels_one_step"]
+    kept, = tmp_path.glob("reference-digits-train-*-pixels-*.npz")
+    record = Evaluation(**options(statistics=str(kept))).run(run.module, None)["fd_pixels_one_step"]
+    assert record.value == usual.value and record.reference.startswith(kept.name)
+    with pytest.raises(UserError, match="precision_recall needs images"):
+        Evaluation(**options(statistics=str(kept), precision_recall=True))
+
+
+def test_balanced_classes_are_the_image_numbers_in_turn(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run.module.net.model, "label_dim", 3)
+    monkeypatch.setattr(run.module, "generate", lambda indices, labels, **_: (
+        asked.append(labels.tolist()) or torch.zeros(len(indices), 1, 8, 8)))  # fmt: skip
+    Evaluation(**options(balanced=True, samples=7, batch_size=4)).run(run.module, run.data)
+    assert asked[:2] == [[0, 1, 2, 0], [1, 2, 0]]
+
+
 def test_the_batch_size_changes_nothing(run):
     whole = Evaluation(**options(batch_size=70)).run(run.module, run.data)["fd_pixels_one_step"]
     parts = Evaluation(**options(batch_size=13)).run(run.module, run.data)["fd_pixels_one_step"]

@@ -69,6 +69,7 @@ def test_an_output_that_cannot_be_written_names_the_place(error):
     "task=test", "resume=never", "run.dir=/x", "sample.samples=3", "sampler@sample.sampler=heun", "evaluate=none",
     "evaluate.samples=5", "logger=wandb", "callbacks.progress=null", "trainer.max_steps=9", "trainer=gpu",
     "trainer.devices=4", "data.root=/x", "data.num_workers=3", "+debug=fast", "+experiment=x", "paths.outputs=/x",
+    "+guidance=omegas", "+sampler@evaluate.samplers.four=meanflow",
 ])  # fmt: skip
 def test_what_does_not_change_the_weights_does_not_change_the_name(word):
     assert launch.run_name(4, [word]) == "seed4"
