@@ -1,6 +1,7 @@
 """Optical flow on disk: Middlebury .flo, KITTI 16-bit .png, FlyingThings3D .pfm, and the pictures beside them."""
 
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -130,7 +131,11 @@ def _read_pfm(data: bytes) -> tuple[np.ndarray, None]:
 
 def _read_png(data: bytes, scale: float) -> tuple[np.ndarray, np.ndarray]:
     # not Pillow, which silently reduces 16-bit RGB to 8 bits
-    values = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    with (
+        warnings.catch_warnings()
+    ):  # torchvision 0.29 announces its end; nothing else that is required reads 16-bit RGB
+        warnings.simplefilter("ignore", DeprecationWarning)
+        values = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
     if values.dtype != torch.uint16 or values.shape[0] != 3:
         raise ValueError(f"it is no 16-bit RGB picture but {values.dtype} with {values.shape[0]} channels")
     values = values.numpy()
@@ -140,7 +145,7 @@ def _read_png(data: bytes, scale: float) -> tuple[np.ndarray, np.ndarray]:
 def _png16(pixels: np.ndarray) -> bytes:
     """PNG of 16-bit RGB pixels (H, W, 3): Pillow writes no such files."""
     height, width = pixels.shape[:2]
-    rows = pixels.astype(">u2").view(np.uint8).reshape(height, width * 6)
+    rows = np.ascontiguousarray(pixels, dtype=">u2").view(np.uint8).reshape(height, width * 6)
     filtered = np.zeros((height, width * 6 + 1), np.uint8)
     filtered[:, 0] = 2  # each row as its difference to the one above, modulo 256
     filtered[:, 1:] = rows

@@ -70,7 +70,7 @@ class FlowData(RestartingDataModule):
     In training H, W are the crop. In evaluation pairs come whole and unpadded, a batch holds pairs of one size.
 
     train            name -> TrainingSet. One pass holds every pair `weight` times; an endless source as many new ones
-    evaluation       name -> EvaluationSet; the names are the `splits`
+    evaluation       name -> EvaluationSet; the names are the `splits`. None in either leaves the set out
     crop             [height, width] of training pairs, pixels; what planning counts with
     batch_size       pairs per optimiser step over all processes and accumulated micro-batches, >= 1
     eval_batch_size  at most so many pairs, of one size, per evaluation batch over all processes, >= 1
@@ -90,8 +90,8 @@ class FlowData(RestartingDataModule):
     def __init__(
         self,
         *,
-        train: Mapping[str, TrainingSet],
-        evaluation: Mapping[str, EvaluationSet],
+        train: Mapping[str, TrainingSet | None],
+        evaluation: Mapping[str, EvaluationSet | None],
         crop: Sequence[int],
         batch_size: int = 12,
         eval_batch_size: int = 1,

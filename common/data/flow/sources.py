@@ -251,4 +251,5 @@ def _checked_pass(passes: str) -> str:
 
 
 def _short(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first.split(" - ")[0].rstrip(".")  # torchvision goes on with advice of its own
