@@ -13,7 +13,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UserError, nearest
@@ -44,6 +44,7 @@ PACKAGES = {
     "hydra-optuna-sweeper": ("hydra_plugins.hydra_optuna_sweeper", False, "-m hydra/sweeper=search"),
     "wandb": ("wandb", False, "logger=wandb"),
     "tensorboard": ("tensorboard", False, "logger=tensorboard"),
+    "diffusers": ("diffusers", False, "tools.encode_latents and decoder=sd_vae"),
 }
 
 
@@ -74,6 +75,11 @@ def packages(project: Path = ROOT / "pyproject.toml") -> Iterable[Finding]:
     for line in declared["dependencies"]:
         requirement = Requirement(line)
         yield _package(requirement.name, requirement.specifier)
+    for extra, lines in declared.get("optional-dependencies", {}).items():
+        for requirement in map(Requirement, lines):
+            if requirement.name in PACKAGES:  # not the tools of developers
+                finding = _package(requirement.name, requirement.specifier)
+                yield replace(finding, fix=finding.fix and f"Run: pip install -e '.[{extra}]'")
 
 
 def _package(name: str, specifier) -> Finding:

@@ -62,6 +62,9 @@ def run(options: argparse.Namespace) -> dict | None:
     latent_cache.begin(out, facts)
     total = latent_cache.shard_count(facts)
     mine = range(options.rank, total, options.world)
+    there = sum((out / latent_cache.shard_name(number)).is_file() for number in mine)
+    if there:
+        print(f"comparing {there} shards with their checksums", flush=True)
     todo = []
     for number in mine:
         if latent_cache.is_finished(out, number):

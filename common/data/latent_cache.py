@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import atomic, checksum_path, read_json, sha256_file, verify_checksum, write_checksum, write_json
+from common.files import checksum_path, read_json, sha256_file, verify_checksum, write_bytes, write_checksum, write_json
 
 FORMAT = 1
 ENCODING, INDEX = "encoding.json", "index.json"
@@ -58,12 +58,12 @@ def write_shard(path: Path, moments: np.ndarray, label: np.ndarray, skipped: Seq
     moments  (n, V, 2c, h, w) float32 or float16;   label  (n,) int64
     skipped  names of the images left out
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     # one entry alone: safetensors writes several in changing order, and equal shards should be equal files
     about = {"skipped": json.dumps(list(skipped))}
-    with atomic(path) as temporary:
-        save_file({"moments": moments, "label": np.asarray(label, dtype=np.int64)}, temporary, metadata=about)
+    # written here, because safetensors gives its files to their owner alone
+    write_bytes(path, save({"moments": moments, "label": np.asarray(label, dtype=np.int64)}, metadata=about))
     write_checksum(path)
 
 

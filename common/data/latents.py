@@ -122,6 +122,10 @@ class LatentFiles:
         """Whether the mirror images were encoded too."""
         return self.index["mirrored"]
 
+    def label_counts(self) -> np.ndarray:
+        """Images per class, int64 (classes,)."""
+        return np.bincount(self.labels, minlength=self.index["num_classes"])
+
     def moments(self, rows: np.ndarray, flips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation, float32 (B, c, h, w), of images `rows` (B,) int64; flips (B,) 0 or 1 (mirror).
 

@@ -102,7 +102,8 @@ class SdVae:
         options = read_json(described) if described.is_file() else STABLE_DIFFUSION
         model = AutoencoderKL.from_config({k: v for k, v in options.items() if not k.startswith("_")})
         load_into(model, {_new_name(name): value for name, value in load_tensors(file).items()}, name=str(file))
-        return model.to(self.dtype).eval().requires_grad_(False)
+        torch.nn.Module.to(model, self.dtype)  # diffusers' own `to` warns of modules this network has not
+        return model.eval().requires_grad_(False)
 
     def _file(self) -> Path:
         if self.path.is_file():

@@ -62,6 +62,19 @@ def test_every_dependency_has_a_line(repo):
     assert set(doctor.PACKAGES) <= set(findings)
 
 
+def test_an_extra_says_how_to_install_it(repo, monkeypatch):
+    monkeypatch.setitem(doctor.PACKAGES, "diffusers", ("no_such_module_here", False, "latents"))
+    finding = by_name(doctor.packages(repo / "pyproject.toml"))["diffusers"]
+    assert finding.state == ABSENT and finding.fix == "Run: pip install -e '.[latents]'"
+
+
+def test_a_variant_of_a_data_set_is_looked_up_as_a_whole(clean):
+    for name in ("imagenet512", "imagenet_latents256_standard"):
+        finding = by_name(doctor.data_sets([name], str(clean)))[name]
+        assert finding.state == ABSENT and "not found" in finding.fix
+    assert doctor._read("data", "imagenet512", "data.source.resolution", clean) == 512
+
+
 def test_data_found_missing_and_asked_for(clean, data_root, monkeypatch, capsys):
     assert doctor.main(["data=cifar10", f"data.root={data_root}"]) == 0
     assert f"found under {data_root}" in " ".join(capsys.readouterr().out.replace("\n", "").split())

@@ -1,6 +1,7 @@
 """The data module: batches, exact restart through Lightning's own checkpoints, and errors from workers."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import chain, islice
@@ -16,7 +17,7 @@ from PIL import Image
 
 from common.data.cifar import Cifar10
 from common.data.digits import Digits, digits_split
-from common.data.folder import ImageFolder
+from common.data.folder import ImageFiles, ImageFolder
 from common.data.images import ImageDataModule, to_unit_range
 from common.errors import UserError
 
@@ -302,3 +303,22 @@ def test_class_names_come_from_the_source():
     assert module().classes is None
     assert Cifar10.classes[3] == "cat" and len(Cifar10.classes) == Cifar10.num_classes
     assert module(source=Cifar10(root="nowhere")).classes == Cifar10.classes
+
+
+def test_workers_decode_and_resize(tmp_path, monkeypatch):
+    """Pictures of ImageNet's kind are read, cut and resized outside the training process, and travel as bytes."""
+    (tmp_path / "a").mkdir()
+    for number in range(4):
+        Image.new("RGB", (40 + number, 30), (number, 0, 0)).save(tmp_path / "a" / f"{number}.png")
+    main, read = os.getpid(), ImageFiles.read
+
+    def elsewhere(self, index):
+        assert os.getpid() != main, "decoded in the training process"
+        return read(self, index)
+
+    monkeypatch.setattr(ImageFiles, "read", elsewhere)
+    source = ImageFolder(path=str(tmp_path), resolution=16, num_classes=1, fit="adm")
+    data = ImageDataModule(source=source, batch_size=4, num_workers=1, xflip=True)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (4, 3, 16, 16)
+    data.teardown("fit")

@@ -58,6 +58,8 @@ def test_equal_content_is_an_equal_file(tmp_path):
     for file in files:
         latent_cache.write_shard(file, moments, label, ["x"])
     assert files[0].read_bytes() == files[1].read_bytes()
+    (tmp_path / "any").write_text("")
+    assert files[0].stat().st_mode == (tmp_path / "any").stat().st_mode, "others may read it where they may read files"
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter", "changed"])

@@ -84,6 +84,7 @@ def test_batch_is_the_contracts(cache):
     assert (data.num_classes, data.channels, data.resolution, data.splits) == (3, 4, 2, ("train",))
     rows = batch["image"].mean(dim=(1, 2, 3)).round().long()
     assert torch.equal(rows % 3, batch["label"])
+    assert data.images("train").label_counts().tolist() == [4, 4, 3]
 
 
 def test_draws_have_the_moments_and_are_normalised(cache):
