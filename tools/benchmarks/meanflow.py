@@ -135,6 +135,9 @@ def configuration(name: str):
     import hydra
     from omegaconf import OmegaConf
 
+    from common.runtime.launch import register_resolvers
+
+    register_resolvers()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return OmegaConf.to_container(hydra.compose(f"net/{name}"), resolve=True)["net"]
 
