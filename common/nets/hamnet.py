@@ -10,12 +10,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.utils._python_dispatch import _disable_current_modes
 
 from common.errors import UserError, nearest
 from common.nets.context import ConvNormReLU
+from common.nets.timm_model import create
 
 
 class TimmBackbone(nn.Module):
@@ -46,7 +44,7 @@ class TimmBackbone(nn.Module):
             raise UserError(f"backbone.name={name} is no network of timm. {nearest(name, timm.list_models())}")
         extra = {"output_stride": output_stride} if output_stride is not None else {}
         try:
-            self.body = _create(name, out_indices=tuple(stages), **extra, **(options or {}))
+            self.body = create(name, features_only=True, out_indices=tuple(stages), **extra, **(options or {}))
         except (TypeError, AssertionError, IndexError, NotImplementedError, RuntimeError, KeyError) as error:
             raise UserError(
                 f"timm cannot build {name} with stages={list(stages)}, output_stride={output_stride} and options "
@@ -59,28 +57,6 @@ class TimmBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return list(self.body(x))
-
-
-def _create(name: str, **options) -> nn.Module:
-    """timm's network of feature maps, on fake tensors inside a FakeTensorMode.
-
-    Some networks read numbers from tensors while they are built, which fake ones do not have: those are built in
-    earnest, and their parameters exchanged.
-    """
-    options = dict(pretrained=False, features_only=True) | options
-    try:
-        return timm.create_model(name, **options)
-    except DataDependentOutputException:
-        mode = active_fake_mode()
-        with _disable_current_modes():
-            body = timm.create_model(name, **options)
-            for part in body.modules():
-                for kept in (part._parameters, part._buffers):
-                    for key, value in kept.items():
-                        if value is not None:
-                            fake = mode.from_tensor(value.detach())
-                            kept[key] = nn.Parameter(fake) if kept is part._parameters else fake
-        return body
 
 
 def _dilate_further(body: nn.Module, grid: Sequence[int]) -> None:

@@ -1,9 +1,9 @@
 """The perceptual terms of pMF: distances of the implied clean image from the data, at low noise only."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from common.diffusion import limits
@@ -13,7 +13,8 @@ from common.errors import UserError
 class Perceptual(nn.Module):
     """Sum of weight * w d(crop(image), crop(x)) over distances d, for the samples with t < t_below. pMF, section 3.
 
-    distances  name -> module (image, x) -> (B,), images (B, 3, crop, crop) in [-1, 1]; frozen here, in evaluation mode
+    distances  name -> module (image, x) -> (B,), images (B, 3, crop, crop) in [-1, 1]; frozen here, in evaluation mode.
+               What has a method `load` reads its weights there (`projects.pmf.perceptual`)
     weights    name -> factor; the paper: LPIPS (VGG) 0.4, ConvNeXtV2 features 0.1
     t_below    the paper: 0.8, and 0.6 for L/32 and H
     crop       side of a random resized crop, the same for both images; None: the images as they are
@@ -39,6 +40,12 @@ class Perceptual(nn.Module):
         """Stays in evaluation mode."""
         return super().train(False)
 
+    def load(self) -> None:
+        """Weights of the distances from their files. Raises UserError naming a file that is missing."""
+        for distance in self.distances.values():
+            if hasattr(distance, "load"):
+                distance.load()
+
     def forward(
         self, image: Tensor, x: Tensor, t: Tensor, weighted: Callable[[Tensor], Tensor], generator: Generator | None
     ) -> Tensor:
@@ -53,14 +60,43 @@ class Perceptual(nn.Module):
 
 
 def random_resized_crop(
-    images: Tensor, size: int, generator: Generator | None = None, smallest: float = 0.08
+    images: Tensor,
+    size: int,
+    generator: Generator | None = None,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Tensor:
-    """A square crop of smallest..1 of the area of each image, (B, C, H, W) -> (B, C, size, size), bilinear."""
-    batch = len(images)
-    area, left, top = torch.rand(3, batch, generator=generator)
-    side = (smallest + (1 - smallest) * area).sqrt()
-    move = torch.zeros(batch, 2, 3)
-    move[:, 0, 0] = move[:, 1, 1] = side
-    move[:, 0, 2], move[:, 1, 2] = (1 - side) * (2 * left - 1), (1 - side) * (2 * top - 1)
-    grid = F.affine_grid(move.to(images), [batch, images.shape[1], size, size], align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    """A crop of each image, (B, C, H, W) -> (B, C, size, size), resized as `resize_matrix` says.
+
+    area    range of its share of the image, uniform
+    aspect  range of width over height, uniform in the logarithm
+    generator   on the CPU
+    """
+    height, width = images.shape[2:]
+    u = torch.rand(4, len(images), generator=generator)
+    share = height * width * (area[0] + (area[1] - area[0]) * u[0])
+    ratio = (math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * u[1]).exp()
+    rows = (share / ratio).sqrt().round().clamp(1, height)
+    columns = (share * ratio).sqrt().round().clamp(1, width)
+    top = (u[2] * (height - rows + 1)).floor()
+    left = (u[3] * (width - columns + 1)).floor()
+    down, across = (
+        resize_matrix(start, length, whole, size).to(images.device, images.dtype, non_blocking=True)[:, None]
+        for start, length, whole in ((top, rows, height), (left, columns, width))
+    )
+    return down @ images @ across.mT
+
+
+def resize_matrix(start: Tensor, length: Tensor, whole: int, size: int) -> Tensor:
+    """(B, size, whole): how `size` pixels are made of those from `start` on, `length` (B,) of `whole`, float32.
+
+    Cubic interpolation (Keys, a = -1/2), widened where pixels are dropped (antialiasing). Pixels beside the crop count
+    where the kernel reaches them, none outside the image: as jax.image.scale_and_translate, which the official code
+    calls.
+    """
+    step = (length / size)[:, None, None]
+    centre = (torch.arange(size)[:, None] + 0.5) * step + start[:, None, None] - 0.5
+    x = (centre - torch.arange(whole)).abs() / step.clamp(min=1.0)
+    near, far = ((1.5 * x - 2.5) * x) * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return weights / weights.sum(2, keepdim=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from common.losses.meanflow import ImprovedMeanFlowLoss
+from common.optim.groups import matrix_groups
 from common.tasks.average_velocity import AverageVelocityModule
 from projects.pmf.method import Perceptual
 
@@ -17,7 +18,7 @@ class PixelMeanFlow(AverageVelocityModule):
     time         sampler of the pair (t, r)
     omega, interval   samplers of guidance scale and interval, or None: no guidance
     noise_scale  standard deviation of the noise at t = 1, data units
-    perceptual   `projects.pmf.method.Perceptual` or None
+    perceptual   `projects.pmf.method.Perceptual` or None; its networks are read from files when training begins
     label_drop   `common.diffusion.time.LabelDrop` or None
     optimizer, schedule   see `GenerativeModule`
     """
@@ -41,7 +42,21 @@ class PixelMeanFlow(AverageVelocityModule):
             interval=interval, noise_scale=noise_scale,
         )  # fmt: skip
         self.loss = loss
-        self.perceptual = perceptual
+        # no part of the module: frozen networks do not belong into checkpoints, averages or the optimiser
+        object.__setattr__(self, "perceptual", perceptual)
+
+    def setup(self, stage: str) -> None:
+        """Reads the weights of the perceptual networks when training begins."""
+        if stage == "fit" and self.perceptual is not None:
+            self.perceptual.load()
+
+    def on_fit_start(self) -> None:
+        if self.perceptual is not None:
+            self.perceptual.to(self.device)
+
+    def parameter_groups(self) -> list[dict]:
+        """The matrices of linear layers, for Muon, and everything else."""
+        return matrix_groups(self)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Mean loss of one micro-batch; logs `train/loss`, `train/squared_u`, `train/squared_v`."""

@@ -11,7 +11,7 @@ from common.diffusion.time import LogitNormal, MaskThenOrder
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss
 from common.nets.pmf import PixelMiT
-from projects.pmf.method import Perceptual, random_resized_crop
+from projects.pmf.method import Perceptual
 from projects.pmf.module import PixelMeanFlow
 
 
@@ -86,16 +86,6 @@ def test_perceptual_terms_act_at_low_noise_only_and_leave_their_networks_alone()
         Perceptual(distances={"a": Distance()}, weights={"c": 1.0})
 
 
-def test_both_images_get_the_same_crop():
-    images = torch.linspace(-1, 1, 16).expand(5, 2, 16, 16).contiguous()
-    crops = random_resized_crop(images, 6, torch.Generator().manual_seed(0))
-    assert crops.shape == (5, 2, 6, 6) and torch.equal(crops[:, 0], crops[:, 1])
-    width = crops[:, 0, 0, -1] - crops[:, 0, 0, 0]
-    assert (width > 0).all() and width.max() < 1.9 and width.std() > 0.05  # parts of different sizes
-    again = random_resized_crop(images, 6, torch.Generator().manual_seed(0))
-    assert torch.equal(crops, again)
-
-
 def test_perceptual_terms_are_part_of_the_step():
     perceptual = Perceptual(distances={"a": Distance()}, weights={"a": 0.4}, t_below=1.0, crop=6)
     plain, more = module(small()).training_step(batch(6), 0), module(small(), perceptual=perceptual)
@@ -103,7 +93,8 @@ def test_perceptual_terms_are_part_of_the_step():
     assert 0 < float((loss - plain).detach()) <= 0.4
     loss.backward()
     assert all(p.grad is not None for p in more.net.parameters())
-    assert len(list(more.parameter_groups())) == len(list(more.net.parameters()))  # frozen networks are not trained
+    trained = [p for group in more.parameter_groups() for p in group["params"]]
+    assert len(trained) == len(list(more.net.parameters()))  # frozen networks are not trained
 
 
 def test_two_real_steps(two_steps, tmp_path):
