@@ -25,6 +25,6 @@ def create(name: str, **options) -> nn.Module:
                 for kept in (part._parameters, part._buffers):
                     for key, value in kept.items():
                         if value is not None:
-                            fake = torch.empty_like(value, device="cpu")
+                            fake = torch.empty(value.shape, dtype=value.dtype)
                             kept[key] = nn.Parameter(fake) if kept is part._parameters else fake
         return body
