@@ -1,7 +1,10 @@
-"""Official EDM / EDM2 pickles to safetensors, without running the code they carry.
+"""Official weights to safetensors, without running the code in them.
 
 python -m tools.import_weights edm  edm-cifar10-32x32-uncond-vp.pkl
 python -m tools.import_weights edm2 edm2-img64-s-1073741-0.075.pkl --out weights/edm2_imagenet64_s
+python -m tools.import_weights imf  iMF-B-2.pth
+python -m tools.import_weights meanflow checkpoint-last.pth              (PyTorch code, CIFAR-10)
+python -m tools.import_weights meanflow b4.npz --net dit_b4              (JAX code; npz or msgpack)
 """
 
 import argparse
@@ -11,36 +14,84 @@ from pathlib import Path
 
 from common.errors import UserError
 
+PICKLES = ("edm", "edm2")
+VELOCITIES = ("meanflow", "imf", "pmf")
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 after one sentence on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.import_weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("family", choices=["edm", "edm2"], help="which code base wrote the file")
-    parser.add_argument("file", type=Path, help="the downloaded .pkl")
-    parser.add_argument("--out", type=Path, help="folder to write (default: the file's name without .pkl, beside it)")
-    parser.add_argument("--key", default="ema", help="entry of the file to take (default: ema)")
+    parser.add_argument("family", choices=[*PICKLES, *VELOCITIES], help="which code base wrote the file")
+    parser.add_argument("file", type=Path, help="the downloaded file")
+    parser.add_argument("--out", type=Path, help="folder to write (default: the file's name without ending, beside it)")
+    parser.add_argument("--key", help="entry of the file to take (default: ema), e.g. net_ema1. of meanflow's PyTorch")
+    parser.add_argument("--net", help="network of conf/net, e.g. dit_b4 (default: that of the released file's name)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of that network")
     args = parser.parse_args(argv)
-
-    from common.weights.convert import convert
 
     try:
         out = args.out or args.file.with_suffix("")
         if out == args.file:
-            raise UserError(f"{args.file} has no .pkl ending. Name the output folder with --out.")
-        done = convert(args.file, out, family=args.family, key=args.key)
+            ending = "no .pkl ending" if args.family in PICKLES else "no ending"
+            raise UserError(f"{args.file} has {ending}. Name the output folder with --out.")
+        done = _pickle(args, out) if args.family in PICKLES else _velocity(args, out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.exit_code
+    inner = done.network.get("model", done.network)
+    around = f"{done.network['_target_']} around {inner['_target_']}" if "model" in done.network else inner["_target_"]
     print(f"read      {args.file}")
     print(f"sha256    {done.sha256}")
-    print(f"class     {done.class_name} -> {done.network['_target_']} around {done.network['model']['_target_']}")
+    print(f"class     {done.class_name} -> {around}")
     print(f"size      {done.parameters:,} parameters")
-    options = {key: value for key, value in done.network["model"].items() if key != "_target_"}
-    print(f"network   {json.dumps(options)}")
+    print(f"network   {json.dumps({key: value for key, value in inner.items() if key != '_target_'})}")
     print(f"written   {done.folder}/model.safetensors and config.json")
     return 0
+
+
+def _pickle(args: argparse.Namespace, out: Path):
+    from common.weights.convert import convert
+
+    if args.net or args.set:
+        raise UserError(f"the file says what network it is of: leave --net and --set out for {args.family}.")
+    return convert(args.file, out, family=args.family, key=args.key or "ema")
+
+
+def _velocity(args: argparse.Namespace, out: Path):
+    from common.weights.meanflow import convert_official
+
+    sampler = {"_target_": "common.diffusion.sample.AverageVelocitySteps", "steps": 1}
+    return convert_official(args.file, out, network=network_of(args), prefix=args.key, sampler=sampler)
+
+
+def network_of(args: argparse.Namespace) -> dict:
+    """The tree of conf/net/<--net>, or of the network a released file is of. Raises UserError without either."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import ConfigCompositionException, HydraException
+    from omegaconf import OmegaConf
+
+    from common.runtime.launch import register_resolvers
+    from common.weights.meanflow import RELEASES
+
+    released = next((key for key, release in RELEASES.items() if release.file == args.file.name), None)
+    if released is not None:
+        default = f"mit_{released.removeprefix('imf_').removesuffix('2')}" if args.family == "imf" else released
+    else:
+        default = "meanflow_unet" if args.family == "meanflow" and args.file.suffix in (".pth", ".pt") else None
+    name = args.net or default
+    known = sorted(p.stem for kind in ("meanflow", "dit", "mit", "pmf") for p in (CONF / "net").glob(f"{kind}_*.yaml"))
+    if name not in known:
+        raise UserError(f"{args.file} is of no released name: say its network with --net, one of {', '.join(known)}.")
+    register_resolvers()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose(f"net/{name}", overrides=[f"net.{word}" for word in args.set])
+    except (ConfigCompositionException, HydraException) as error:
+        raise UserError(f"--set {args.set} is no option of {name}: {str(error).splitlines()[0]}") from error
+    return OmegaConf.to_container(config.net, resolve=True)
 
 
 if __name__ == "__main__":

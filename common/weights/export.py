@@ -8,6 +8,8 @@
 network and the sampler and where they come from; each has a `.sha256` beside it.
 """
 
+import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +106,6 @@ class Exported:
         sampler      another sampler object; None = the exported one
         Raises UserError for n < 1, batch_size < 1, labels that do not fit, or an export without sampler.
         """
-        from common.diffusion.guidance import Conditional
         from common.diffusion.sample import ImageNoise, noise_shape
 
         for field, value in (("n", n), ("batch_size", batch_size)):
@@ -123,8 +124,21 @@ class Exported:
             if self.net.label_dim:
                 chosen = noise.labels(self.net.label_dim) if classes is None else classes[list(rows)].to(device)
                 hot = nn.functional.one_hot(chosen, self.net.label_dim).float()
-            images.append(sampler(Conditional(net=self.net, class_labels=hot), noise.z, noise.noise).float().cpu())
+            images.append(sampler(self._bound(sampler, hot), noise.z, noise.noise).float().cpu())
         return torch.cat(images)
+
+    def _bound(self, sampler, class_labels: Tensor | None):
+        """The network as the sampler calls it: a denoiser D(x, sigma), or for flows a velocity u(z, t, r).
+
+        An export does not say which guidance scales a network was trained on: every scale of at least 1 is taken.
+        """
+        from common.diffusion.guidance import BoundVelocity, Conditional
+        from common.diffusion.sample import AverageVelocitySteps, FlowEuler
+
+        if not isinstance(sampler, AverageVelocitySteps | FlowEuler):
+            return Conditional(net=self.net, class_labels=class_labels)
+        guided = "omega" in inspect.signature(self.net.forward).parameters
+        return BoundVelocity(net=self.net, class_labels=class_labels, guidance=(1.0, math.inf) if guided else None)
 
     def _classes(self, n: int, labels) -> Tensor | None:
         count = self.net.label_dim

@@ -11,9 +11,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.files import sha256_file
+from common.weights.build import build
+from common.weights.convert import Converted
+from common.weights.export import EXPORT_TARGETS, write_export
 from common.weights.flax import read_flax
 from common.weights.load import LoadReport, load_into, load_tensors
 from common.weights.official import Release
@@ -101,14 +106,63 @@ def load_official(net: nn.Module, path: str | Path, *, prefix: str | None = None
     A v-head the file has and the network lacks (v_depth null) is skipped, and so are the fixed positions of a DiT.
     Raises UserError when the file is damaged, holds several copies, or is of another architecture.
     """
+    return _load(net, official_state(_copy_of(_read(Path(path)), prefix, str(path))), str(path))
+
+
+def convert_official(
+    path: str | Path,
+    out_dir: str | Path,
+    *,
+    network: Mapping,
+    prefix: str | None = None,
+    sampler: Mapping | None = None,
+) -> Converted:
+    """Reads an official file (nothing in it runs) and writes the export folder `out_dir`.
+
+    network  `_target_` tree of a DiT, MiT, PixelMiT or AverageVelocity; the depth of its v-head is that of the file
+    prefix   which copy to take, see `load_official`; None also takes "net_ema.", the main average of the CIFAR-10 code
+    sampler  `_target_` tree of its sampler, or None
+    Raises UserError that names the file when it is damaged or of another architecture.
+    """
     path = Path(path)
-    is_torch = path.suffix in (".pth", ".pt", ".safetensors", ".ckpt")
-    tensors = _copy_of(load_tensors(path) if is_torch else read_flax(path), prefix, str(path))
-    state = official_state(tensors)
+    tensors = _read(path)
+    if prefix is None and any(name.startswith("net_ema.") for name in tensors):
+        prefix = "net_ema."
+    state = official_state(_copy_of(tensors, prefix, str(path)))
+    network = dict(network)
+    if "v_depth" in network:
+        blocks = {name.split(".")[1] for name in state if name.startswith("v_heads.")}
+        network["v_depth"] = len(blocks) if any(name.startswith("v_final_layer.") for name in state) else None
+    if "model" in network and not any(name.startswith("map_augment.") for name in state):
+        network["model"] = {**network["model"], "augment_dim": 0}
+    with torch.random.fork_rng(devices=[]):
+        net = build(network, allowed=EXPORT_TARGETS)
+    _load(net, state, str(path))
+    digest = sha256_file(path)
+    release = next((release for release in RELEASES.values() if release.file == path.name), None)
+    meta = {
+        "source": path.name,
+        "source_sha256": digest,
+        "average": prefix,
+        "licence": release.licence if release else None,
+        "url": release.url if release else None,
+        "published": dict(release.published) if release else {},
+    }
+    folder = write_export(out_dir, net.state_dict(), network, meta=meta, sampler=sampler)
+    count = sum(value.numel() for value in net.parameters())
+    name = type(getattr(net, "raw", net)).__name__
+    return Converted(folder=folder, class_name=name, parameters=count, network=network, sha256=digest)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    return load_tensors(path) if path.suffix in (".pth", ".pt", ".safetensors", ".ckpt") else read_flax(path)
+
+
+def _load(net: nn.Module, state: Mapping[str, Tensor], name: str) -> LoadReport:
     net = getattr(net, "raw", net)
     own = {key.split(".")[0] for key in net.state_dict()}
     skip = [f"{part}*" for part in ("v_heads", "v_final_layer", "pos_embed") if part not in own]
-    return load_into(net, state, prefix="", ignore=skip, name=str(path))
+    return load_into(net, state, prefix="", ignore=skip, name=name)
 
 
 def _copy_of(tensors: Mapping[str, Tensor], prefix: str | None, name: str) -> dict[str, Tensor]:

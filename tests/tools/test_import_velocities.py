@@ -1,0 +1,120 @@
+"""tools.import_weights for MeanFlow, iMF and pMF: files made like the official ones become exports that sample."""
+
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+
+from common.diffusion.sample import AverageVelocitySteps
+from common.nets.average_velocity import AverageVelocity
+from common.nets.dit import DiT
+from common.nets.mit import MiT
+from common.nets.unet import SongUNet
+from common.weights.export import load
+from tools import import_weights
+
+TINY = dict(img_resolution=8, in_channels=1, patch_size=2, width=64, depth=4, num_heads=4, label_dim=10)
+UNET = dict(img_resolution=8, model_channels=16, channel_mult=[1], num_blocks=1, attn_resolutions=[8])
+
+
+def shaken(net):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    return net.eval()
+
+
+def imported(capsys, *words) -> str:
+    """What the command printed."""
+    assert import_weights.main([str(word) for word in words]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def refused(capsys, *words) -> str:
+    assert import_weights.main([str(word) for word in words]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("v_depth", [2, 0, None])
+def test_an_imf_file_becomes_an_export_with_the_head_it_has(v_depth, tmp_path, capsys):
+    net = shaken(MiT(**TINY, head_depth=2, v_depth=v_depth))
+    torch.save({f"net.{name}": value for name, value in net.state_dict().items()}, tmp_path / "own.pth")
+    said = imported(capsys, "imf", tmp_path / "own.pth", "--net", "mit_tiny")
+    count = sum(p.numel() for p in net.parameters())
+    assert f"size      {count:,} parameters" in said and "class     MiT -> common.nets.mit.MiT\n" in said
+    model = load(tmp_path / "own")
+    assert model.config["network"]["v_depth"] == v_depth
+    labels = torch.tensor([3, 7])
+    z = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        given = dict(class_labels=torch.eye(10)[labels], omega=4.0, t_min=0.2, t_max=0.6)
+        assert torch.equal(model.net(z, 1.0, 0.0, **given), net(z, 1.0, 0.0, **given))
+    plain, guided = (
+        model.sample(2, labels=labels, sampler=AverageVelocitySteps(omega=omega, t_min=0.2, t_max=0.6))
+        for omega in (None, 4.0)
+    )
+    assert plain.shape == (2, 1, 8, 8) and not torch.allclose(plain, guided)
+    assert torch.equal(model.sample(2, labels=labels), plain), "the exported sampler takes one unguided step"
+
+
+def test_a_jax_tree_of_a_dit(tmp_path, capsys):
+    """Matrices stand the other way round there, the patch convolution too."""
+    net, tree = shaken(DiT(**TINY)), {}
+    for name, value in net.state_dict().items():
+        path = name.replace(".", "/")
+        if name.startswith(("t_embedder", "h_embedder")):
+            path = path.replace("mlp/0", "mlp/layers_0").replace("mlp/2", "mlp/layers_2")
+        if name.endswith("embedding_table.weight"):
+            path = path.replace("/weight", "/embedding")
+        elif name.endswith("weight"):
+            value = value.permute(2, 3, 1, 0) if value.ndim == 4 else value.T
+            path = path.replace("/weight", "/kernel")
+        tree[f"params/net/{path}"] = value.numpy()
+    np.savez(tmp_path / "b4.npz", **tree)
+    imported(capsys, "meanflow", tmp_path / "b4.npz", "--net", "dit_tiny", "--out", tmp_path / "there")
+    kept = load(tmp_path / "there").net.state_dict()
+    assert kept.keys() == net.state_dict().keys()
+    assert all(torch.equal(kept[name], value) for name, value in net.state_dict().items())
+
+
+def test_a_checkpoint_of_the_cifar_code_gives_its_main_average(tmp_path, capsys):
+    """It keeps the weights, three averages, the optimiser and the program's options in one file."""
+    nets = [shaken(SongUNet(**UNET, in_channels=3, out_channels=3, num_times=2, resample_filter=[1, 3, 3, 1],
+                            channel_mult_noise=2)) for _ in range(2)]  # fmt: skip
+    with torch.no_grad():
+        nets[1].map_layer0.bias.add_(1)
+    model = {f"{head}{name}": value for head, net in (("net.", nets[1]), ("net_ema.", nets[0]), ("net_ema1.", nets[1]))
+             for name, value in net.state_dict().items()}  # fmt: skip
+    model["num_updates"] = torch.tensor(16)
+    torch.save({"model": model, "epoch": 3, "args": Namespace(lr=6e-4, arch="unet")}, tmp_path / "checkpoint-last.pth")
+    words = [word for key, value in UNET.items()
+             for word in ("--set", f"model.{key}={str(value).replace(' ', '')}")]  # fmt: skip
+    imported(capsys, "meanflow", tmp_path / "checkpoint-last.pth", *words)
+    made = load(tmp_path / "checkpoint-last")
+    assert isinstance(made.net, AverageVelocity) and made.net.augment_dim == 0
+    assert torch.equal(made.net.model.map_layer0.bias, nets[0].map_layer0.bias)
+    assert made.sample(2).shape == (2, 3, 8, 8)
+    other = ["--key", "net_ema1.", "--out", tmp_path / "other"]
+    imported(capsys, "meanflow", tmp_path / "checkpoint-last.pth", *words, *other)
+    assert torch.equal(load(tmp_path / "other").net.model.map_layer0.bias, nets[1].map_layer0.bias)
+
+
+def test_mistakes_are_one_sentence(tmp_path, capsys):
+    torch.save(MiT(**TINY, head_depth=2, v_depth=0).state_dict(), tmp_path / "own.pth")
+    own = tmp_path / "own.pth"
+    assert "is of no released name: say its network with --net, one of dit_b2" in refused(capsys, "imf", own)
+    assert "own.pth does not fit MiT" in refused(capsys, "imf", own, "--net", "mit_tiny", "--set", "width=32")
+    assert "is no option of mit_tiny" in refused(capsys, "imf", own, "--net", "mit_tiny", "--set", "widht=32")
+    assert "leave --net and --set out for edm" in refused(capsys, "edm", own, "--net", "mit_tiny")
+
+
+def test_a_released_name_says_its_network(tmp_path):
+    for family, file, target, key, value in (
+        ("imf", "iMF-XL-2.pth", "common.nets.mit.MiT", "depth", 48),
+        ("pmf", "pMF-H-32.pt", "common.nets.pmf.PixelMiT", "patch_size", 32),
+        ("meanflow", "checkpoint-last.pth", "common.nets.average_velocity.AverageVelocity", "times", ["t", "t-r"]),
+    ):
+        tree = import_weights.network_of(Namespace(family=family, file=tmp_path / file, net=None, set=[]))
+        assert tree["_target_"] == target and tree[key] == value
