@@ -117,8 +117,9 @@ class FolderImages:
 class StatisticsFile:
     """Feature statistics in a file, in place of the images: of `tools.fid_ref`, or with mu and sigma.
 
-    The second kind, also called ref_mu and ref_sigma, is what papers publish (ADM, MeanFlow, iMF); it does not say of which network, images and rounding,
-    nor of how many images, so results name the file. Raises UserError when it is missing, damaged or neither kind.
+    The second kind, also called ref_mu and ref_sigma, is what papers publish (ADM, MeanFlow, iMF); it does not say of
+    which network, images and rounding, nor of how many images, so results name the file. Raises UserError when it is
+    missing, damaged or neither kind.
     """
 
     def __init__(self, *, path: str | os.PathLike):

@@ -2,7 +2,7 @@
 
 DiT (arXiv 2212.09748); with two times it is the network of MeanFlow (arXiv 2505.13447), with one that of SiT
 (arXiv 2401.08740). Tensor names are those of the PyTorch release of DiT, but for `adaLN_modulation` (see
-`common.weights.transformers`).
+`common.weights.meanflow`).
 """
 
 from collections.abc import Sequence

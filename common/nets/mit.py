@@ -1,7 +1,7 @@
 """MiT, the network of improved MeanFlow: a transformer told everything through tokens before the image.
 
 iMF (arXiv 2512.02012), section on in-context conditioning. Tensor names are those of the PyTorch release (see
-`common.weights.transformers`).
+`common.weights.meanflow`).
 """
 
 from abc import ABC, abstractmethod

@@ -3,11 +3,13 @@
 import copy
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,6 +23,8 @@ from common.nets.dit import DiT
 from common.nets.mit import MiT
 from common.nets.mlp import MLPDenoiser
 from common.nets.unet import SongUNet
+
+REPO = Path(__file__).resolve().parents[3]
 
 
 def awake(net: nn.Module) -> nn.Module:
@@ -284,8 +288,9 @@ class LossModule(nn.Module):
         ).loss.mean()
 
 
-def _work(rank: int, port: int, folder: str, name: str, kind: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _work(port: str, folder: str, name: str, kind: str, rank: str) -> None:
+    rank = int(rank)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     net = DistributedDataParallel(LossModule(nets()[name].eval(), LOSSES[kind]))
@@ -301,7 +306,15 @@ def test_two_processes_have_the_gradients_of_one(name, kind, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(_work, (port, str(tmp_path), name, kind), nprocs=2, start_method="fork")
+    # programs of their own: a fork after autograd has started its threads may wait for ever
+    words = [sys.executable, __file__, str(port), str(tmp_path), name, kind]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([*words, str(rank)], env=environment) for rank in (0, 1)]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
     net, given = nets()[name].eval(), batch()
     LossModule(net, LOSSES[kind])(given).backward()
     expected = {n: p.grad for n, p in net.named_parameters()}
@@ -323,3 +336,7 @@ def test_a_tangent_of_another_shape_is_refused():
     given = batch()
     with pytest.raises(UserError, match=r"tangent of z must have its shape \(6, 2, 8, 8\)"):
         total_derivative(nets()["dit"], *(given[k] for k in "ztr"), (given["v"][:3], 1.0, 0.0))
+
+
+if __name__ == "__main__":
+    _work(*sys.argv[1:])
