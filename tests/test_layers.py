@@ -15,9 +15,10 @@ BASE = {"torch", "torchvision", "timm", "numpy", "scipy"}
 LOW = {"deq", "diffusion", "ham", "losses", "nets", "optim"}
 LAYERS = {
     **{name: (BASE, LOW) for name in LOW},
+    "nets": (BASE | {"triton"}, LOW),
     # diffusers: optional, for the autoencoder of latents
     "weights": (BASE | {"safetensors", "diffusers"}, LOW | {"weights"}),
-    "data": (BASE | {"lightning", "PIL", "sklearn", "skimage"}, {"data"}),
+    "data": (BASE | {"lightning", "PIL", "sklearn", "skimage", "safetensors"}, {"data"}),
     "metrics": (
         BASE | {"torch_fidelity", "torchmetrics", "sklearn", "safetensors", "PIL"},
         LOW | {"weights", "data", "metrics"},
