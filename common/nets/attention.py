@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from common.nets.jvp_attention import dual_attention
+
 # On one CPU core two plain matrix products win below this many positions (256: 17 ms against 22 ms); the fused kernel
 # wins above (1024: 235 ms against 464 ms), where it also saves the N x N matrix.
 FUSED_FROM = 512
@@ -45,8 +47,14 @@ def token_attention(q: Tensor, k: Tensor, v: Tensor, *, fused: bool | None = Non
     """softmax(q k^T / sqrt(C)) v per head: (B, heads, N, C), dtype of v.
 
     q, k, v  (B, heads, N, C)  one row per token, as transformers have them
-    fused    as in `attention`: None chooses, and always takes the plain products under forward-mode differentiation
+    fused    as in `attention`: None chooses. Under forward-mode differentiation without a graph that is
+             `common.nets.jvp_attention` (a Triton kernel on CUDA, blocks of queries elsewhere), with one the plain
+             products. False: plain products always
     """
+    if fused is None and in_forward_mode():
+        found = dual_attention(q, k, v)
+        if found is not None:
+            return found
     if fused is None:
         fused = fused_is_better(q, q.shape[2])
     if fused:
