@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import functional as colour
 
-from common.data.flow.augment import ColourAugment, DenseAugment, SparseAugment, erased, jittered, resample
+from common.data.flow.augment import (
+    ColourAugment,
+    DenseAugment,
+    SparseAugment,
+    erased,
+    jittered,
+    resample,
+    resample_sparse,
+)
 from common.data.paired import PositionDraws
 from common.errors import UserError
 
@@ -122,6 +130,25 @@ def test_small_pairs_are_enlarged_and_each_crop_size_works():
             assert made["first"].shape == (3, 64, 96)
 
 
+@pytest.mark.parametrize("kind, spare", [(DenseAugment, 8), (SparseAugment, 1)])
+def test_the_least_size(kind, spare):
+    flow = torch.tensor([3.0, -5.0]).view(2, 1, 1).expand(2, 60, 70).contiguous()
+    small = {**{name: value[..., :60, :70] for name, value in moving().items()}, "flow": flow}
+    made = kind(crop=(64, 96), min_scale=-2, max_scale=-2, flip=False, photometric=False)(draws(0), small)
+    u, v = (made["flow"][i][made["valid"] > 0] for i in range(2))
+    least = (96 + spare) / 70
+    assert torch.allclose(u, torch.tensor(3 * least)) and torch.allclose(v, torch.tensor(-5 * least))
+
+
+def test_sparse_pixels_never_move_into_the_first_row_or_column():
+    flow, valid = torch.ones(2, 10, 12), torch.ones(10, 12)
+    made, known = resample_sparse(flow, valid, (1.5, 1.5), (0, 0, 15, 18), (15, 18))
+    assert not known[0].any() and not known[:, 0].any()
+    assert known[2, 2] == 1 and known.sum() == 9 * 11 and torch.equal(made, 1.5 * known.expand(2, 15, 18))
+    same, all_known = resample_sparse(flow, valid, (1.0, 1.0), (0, 0, 10, 12), (10, 12))
+    assert torch.equal(same, flow) and all_known.all()
+
+
 def test_dense_validity():
     sample = moving()
     sample["valid"][:, :100] = 0
@@ -145,6 +172,9 @@ def test_colours_alike_or_each_by_itself():
     same = [torch.equal(*jittered(image, image, draws(p), (0.4, 0.4, 0.4, 0.1), 0.2)) for p in range(40)]
     assert 22 < sum(same) < 40
     assert all(torch.equal(*jittered(image, image, draws(p), (0.4, 0.4, 0.4, 0.1), 0)) for p in range(5))
+    alike = {**moving(), "first": image}
+    made = [ColourAugment(eraser=False)(draws(p), alike) for p in range(40)]
+    assert 22 < sum(torch.equal(each["first"], each["second"]) for each in made) < 40
     only = [jittered(image, image, draws(p), (0.4, 0, 0, 0), 0)[0] for p in range(5)]
     means = torch.tensor([float(x.float().mean() / image.float().mean()) for x in only])
     assert means.min() > 0.58 and means.max() < 1.42 and means.std() > 0.05

@@ -41,12 +41,16 @@ def test_ground_truth_is_exact(pairs):
 
 def test_flow_of_a_pure_shift_is_that_shift():
     pairs = SynthFlow(size=(32, 48), shift=9, smooth=0, rotation=0, zoom=0, shear=0, layers=0).load("train")
-    pair = pairs.read(2)
-    u, v = pair["flow"][:, 0, 0]
-    assert torch.equal(pair["flow"], torch.stack([u, v]).view(2, 1, 1).expand(2, 32, 48)) and u.abs() > 1
     y, x = torch.meshgrid(torch.arange(32).float(), torch.arange(48).float(), indexing="ij")
-    outside = (x + u < 0) | (x + u > 47) | (y + v < 0) | (y + v > 31)
-    assert torch.equal(pair["occluded"] > 0, outside)
+    signs = set()
+    for index in range(30):
+        pair = pairs.read(index)
+        u, v = pair["flow"][:, 0, 0]
+        assert torch.equal(pair["flow"], torch.stack([u, v]).view(2, 1, 1).expand(2, 32, 48))
+        outside = (x + u < 0) | (x + u > 47) | (y + v < 0) | (y + v > 31)
+        assert torch.equal(pair["occluded"] > 0, outside)
+        signs.add((bool(u > 1), bool(v > 1)))
+    assert len(signs) == 4
 
 
 def test_hidden_pixels_do_look_different():
