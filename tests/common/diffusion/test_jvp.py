@@ -288,37 +288,48 @@ class LossModule(nn.Module):
         ).loss.mean()
 
 
-def _work(port: str, folder: str, name: str, kind: str, rank: str) -> None:
+DISTRIBUTED = [("dit", "meanflow"), ("unet", "imf")]
+
+
+def _work(port: str, folder: str, rank: str) -> None:
     rank = int(rank)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    net = DistributedDataParallel(LossModule(nets()[name].eval(), LOSSES[kind]))
-    own = {key: value[rank * 3 : rank * 3 + 3] for key, value in batch().items()}
-    net(own).backward()
-    torch.save({n: p.grad for n, p in net.module.net.named_parameters()}, f"{folder}/{rank}.pt")
+    for name, kind in DISTRIBUTED:
+        net = DistributedDataParallel(LossModule(nets()[name].eval(), LOSSES[kind]))
+        own = {key: value[rank * 3 : rank * 3 + 3] for key, value in batch().items()}
+        net(own).backward()
+        torch.save({n: p.grad for n, p in net.module.net.named_parameters()}, f"{folder}/{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name, kind", [("dit", "meanflow"), ("unet", "imf")])
-def test_two_processes_have_the_gradients_of_one(name, kind, tmp_path):
-    """Also when one rank has fewer rows with r < t than the other (1 and 2 here)."""
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder of the gradients both ranks had; programs of their own, for a fork after autograd has started its
+    threads may wait for ever."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # programs of their own: a fork after autograd has started its threads may wait for ever
-    words = [sys.executable, __file__, str(port), str(tmp_path), name, kind]
+    folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, __file__, str(port), str(folder)]
     ranks = [subprocess.Popen([*words, str(rank)], env=environment) for rank in (0, 1)]
     try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()
+    return folder
+
+
+@pytest.mark.parametrize("name, kind", DISTRIBUTED)
+def test_two_processes_have_the_gradients_of_one(name, kind, two_processes):
+    """Also when one rank has fewer rows with r < t than the other (1 and 2 here)."""
     net, given = nets()[name].eval(), batch()
     LossModule(net, LOSSES[kind])(given).backward()
     expected = {n: p.grad for n, p in net.named_parameters()}
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    ranks = [torch.load(two_processes / f"{name}-{rank}.pt") for rank in (0, 1)]
     assert all(torch.equal(ranks[0][n], ranks[1][n]) for n in expected)
     assert_same(ranks[0], expected, rtol=1e-4, atol=1e-6)
 
