@@ -77,13 +77,6 @@ def test_latents_of_another_shape_are_one_sentence():
         module(small(), **GUIDED).training_step({**batch(2), "image": torch.zeros(2, 4, 8, 8)}, 0)
 
 
-def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match=r"project\.omega needs project\.interval"):
-        module(small(), omega=PowerOmega())
-    with pytest.raises(UserError, match="the network has label_dim=0"):
-        module(small(label_dim=0), **GUIDED)
-
-
 def test_two_real_steps(two_steps, tmp_path):
     before, after, rows = two_steps("imf_tiny", tmp_path / "run")
     assert all(torch.isfinite(value).all() for value in after.values())

@@ -195,21 +195,6 @@ def squared_of_rows(made, given):
     return made.loss(made.net, x, t, r, e, **conditions).loss.detach()
 
 
-def test_guidance_is_told_at_test_time_inside_the_trained_range():
-    net = Affine()
-    made = module(net, **GUIDED)
-    sampler = AverageVelocitySteps(omega=8.0, t_min=0.4, t_max=0.65)
-    made.generate(torch.arange(2), sampler=sampler, seed=0, labels=torch.tensor([2, 0]))
-    (call,) = net.calls
-    assert call["heads"] == "u" and torch.equal(call["labels"], torch.eye(3)[[2, 0]])
-    assert [call[k].unique().item() for k in ("t", "r", "omega")] == [1, 0, 8]
-    assert call["t_min"].unique().item() == pytest.approx(0.4) and call["t_max"].unique().item() == pytest.approx(0.65)
-    with pytest.raises(UserError, match="trained range 1 to 8, got 9"):
-        made.generate(torch.arange(2), sampler=AverageVelocitySteps(omega=9.0), seed=0)
-    with pytest.raises(UserError, match="trained without it"):
-        module(Affine()).generate(torch.arange(2), sampler=sampler, seed=0)
-
-
 def test_bad_input_is_one_sentence():
     def reversed_pair(n, generator=None, device="cpu"):
         return torch.full((n,), 0.2), torch.full((n,), 0.6)

@@ -137,15 +137,6 @@ def test_dropped_samples_lose_their_class_and_are_not_guided():
     torch.testing.assert_close(loss.detach(), squared.square().flatten(1).sum(1).mean(), rtol=1e-12, atol=0)
 
 
-def test_one_step_asks_once_from_noise_to_data():
-    net = Affine()
-    images = module(net).generate(torch.arange(2), sampler=AverageVelocitySteps(), seed=0, labels=torch.tensor([2, 0]))
-    ((z, t, r, labels, _),) = net.calls
-    assert (t == 1).all() and (r == 0).all() and torch.equal(labels, torch.eye(3)[[2, 0]])
-    with torch.no_grad():
-        torch.testing.assert_close(images.double(), z - net(z, t, r, labels), rtol=0, atol=1e-6)
-
-
 def test_bad_input_is_one_sentence():
     def reversed_pair(n, generator=None, device="cpu"):
         return torch.full((n,), 0.2), torch.full((n,), 0.6)

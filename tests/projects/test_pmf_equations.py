@@ -106,19 +106,6 @@ def test_an_oracle_of_one_image_has_no_loss_and_makes_it_in_one_step():
     torch.testing.assert_close(images, torch.full_like(images, 0.25), rtol=0, atol=1e-6)
 
 
-def test_one_step_from_scaled_noise_is_the_predicted_image():
-    net = Images()
-    made = module(net, noise_scale=4.0)
-    labels = torch.tensor([2, 0])
-    images = made.generate(torch.arange(2), sampler=AverageVelocitySteps(), seed=0, labels=labels)
-    (call,) = net.calls
-    plain = Images()
-    module(plain).generate(torch.arange(2), sampler=AverageVelocitySteps(), seed=0, labels=labels)
-    torch.testing.assert_close(call["z"], 4 * plain.calls[0]["z"])
-    with torch.no_grad():
-        torch.testing.assert_close(images.double(), net.image(call["z"], call["labels"]), rtol=0, atol=1e-5)
-
-
 def test_with_ratio_0_it_is_flow_matching_of_velocities():
     net, given = Images(), batch()
     made = module(net, time=MaskThenOrder(base=LogitNormal(), equal=1.0))
