@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 
 from common.diffusion.sample import AverageVelocitySteps, ImageNoise
@@ -11,6 +12,7 @@ from common.diffusion.time import LogitNormal, MaskThenOrder
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss
 from common.nets.pmf import PixelMiT
+from common.runtime.launch import register_resolvers
 from projects.pmf.method import Perceptual
 from projects.pmf.module import PixelMeanFlow
 
@@ -102,3 +104,45 @@ def test_two_real_steps(two_steps, tmp_path):
     assert all(torch.isfinite(value).all() for value in after.values())
     assert any(not torch.equal(before[name], after[name]) for name in after)
     assert all(float(row["train/squared_u"]) > 0 for row in rows)
+
+
+# The published table: noise scale, P_mean, uniform share, beta, perceptual t, average for evaluation, omega, interval
+PUBLISHED = {
+    "256_b": (1, 0.8, 0.0, 1, 0.8, 2_000_000, 8.5, (0.1, 0.7), 3.12),
+    "256_l": (1, 0.8, 0.0, 2, 0.8, 1_000_000, 7.0, (0.2, 0.7), 2.52),
+    "256_h": (2, 0.0, 0.1, 1, 0.6, 1_000_000, 7.0, (0.2, 0.6), 2.22),
+    "512_b": (2, 0.8, 0.0, 1, 0.8, 2_000_000, 6.5, (0.1, 0.7), 3.70),
+    "512_l": (4, 0.0, 0.0, 1, 0.6, 2_000_000, 7.5, (0.2, 0.6), 2.75),
+    "512_h": (4, 0.0, 0.1, 1, 0.6, 500_000, 5.5, (0.1, 0.6), 2.48),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_of_the_sheet(repo, name):
+    """pmf.md, section 4, and the released configurations, read from the composed experiments."""
+    scale, mean, uniform, beta, t_below, images, omega, interval, fid = PUBLISHED[name]
+    register_resolvers()
+    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=[f"+experiment=pmf_imagenet{name}", "run.experiment=any"])
+    project, size = cfg.project, int(name[:3])
+    assert (project.noise_scale, project.time.base.mean, project.time.base.std) == (scale, mean, 0.8)
+    assert (project.time.uniform, project.time.equal, project.label_drop.p) == (uniform, 0.5, 0.1)
+    assert (project.omega.beta, project.omega.s_max, project.interval.split) == (beta, 7, 0.5)
+    loss = project.loss
+    assert (loss.power, loss.eps, loss.t_floor, loss.head) == (1, 0.01, 0.05, "auxiliary")
+    perceptual = project.perceptual
+    assert (perceptual.t_below, perceptual.crop) == (t_below, 224)
+    assert dict(perceptual.weights) == {"lpips": 0.4, "convnext": 0.1}
+    optimizer = project.optimizer
+    assert optimizer._target_ == "common.optim.muon.Muon" and optimizer.scale == "shape" and optimizer.debias
+    assert (optimizer.lr, optimizer.momentum, list(optimizer.betas)) == (1e-3, 0.95, [0.9, 0.95])
+    assert (optimizer.weight_decay, project.schedule.warmup) == (0, 0)
+    assert (cfg.data.batch_size, cfg.data.source.resolution, cfg.trainer.max_steps) == (1024, size, 320 * 1251)
+    assert (project.net.img_resolution, project.net.patch_size) == (size, size // 16)
+    assert sorted(profile.images for profile in cfg.ema.profiles.values()) == [500_000, 1_000_000, 2_000_000]
+    assert cfg.ema.profiles[cfg.evaluate.average].images == images
+    assert {profile.ramp for profile in cfg.ema.profiles.values()} == {0.05}
+    for sampler in (cfg.sample.sampler, cfg.evaluate.samplers.one_step):
+        assert (sampler.steps, sampler.omega, (sampler.t_min, sampler.t_max)) == (1, omega, interval)
+        assert sampler.beyond == (omega > 8)
+    assert (cfg.evaluate.samples, cfg.published[0].value) == (50_000, fid)
