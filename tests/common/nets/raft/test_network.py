@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.deq.grads import Backprop, OneStep, Unrolled
 from common.deq.layer import DEQ
-from common.deq.layers import apply_norm
+from common.deq.layers import WeightNorm, apply_norm
 from common.deq.solvers import Anderson, Broyden, Picard
 from common.errors import UserError
 from common.nets.raft.network import FlowEquilibrium, grid
@@ -282,6 +282,15 @@ def test_every_parameter_is_trained_and_training_gives_a_flow_per_state():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     assert not any(part.requires_grad for part in net.state)
     assert len(net.eval().outputs(*pair())) == 1
+
+
+def test_normalised_weights_are_computed_once_per_forward(monkeypatch):
+    net = small(plain(6, grad=Unrolled(steps=2, tau=1.0), states=3), norm=apply_norm).train()
+    computed = []
+    compute = WeightNorm.compute
+    monkeypatch.setattr(WeightNorm, "compute", lambda self, *g_v: computed.append(self) or compute(self, *g_v))
+    net(*pair()).sum().backward()
+    assert len(computed) == len(set(map(id, computed))) == 9
 
 
 def test_frozen_batch_norms_stay_frozen_through_validation():
