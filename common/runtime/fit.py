@@ -64,7 +64,8 @@ def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
     if training:
         micro_batch(cfg.data.batch_size, world_size(cfg), cfg.trainer.accumulate_grad_batches)
     data = instantiate(cfg.data)
-    if training or measuring:
+    without_data = cfg.evaluate.get("statistics") and not cfg.evaluate.get("floor")  # task=test then reads none
+    if training or (measuring and not without_data):
         data.check()
     if training and not plain["needs"] and not list_checkpoints(Path(cfg.run.dir) / "checkpoints"):
         find_init(cfg.init.file, cfg.init.hint)

@@ -2,6 +2,7 @@
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +117,20 @@ def test_task_test_prints_ours_beside_the_published(trained, composed, tmp_path,
     result = read_json(tmp_path / "run/test/result.json")
     assert result["objective"] == value == result["metrics"]["test/fd_pixels_one_step"]["value"]
     assert result["step"] == 12
+
+
+def test_task_test_against_a_file_needs_no_data(trained, composed, tmp_path, monkeypatch):
+    checkpoint = list_checkpoints(trained / "checkpoints")[0]
+    np.savez(tmp_path / "published.npz", mu=np.zeros(64), sigma=np.eye(64))
+
+    def missing(self):
+        raise UserError("the data are not there")
+
+    monkeypatch.setattr("common.data.images.ImageDataModule.check", missing)
+    words = (*MEASURED, "task=test", f"resume={checkpoint}", f"evaluate.statistics={tmp_path / 'published.npz'}")
+    assert test.test_task(composed(tmp_path / "run", *words, "evaluate.floor=false")) > 0
+    with pytest.raises(UserError, match="the data are not there"):  # the floor measures real images
+        test.test_task(composed(tmp_path / "run", *words))
 
 
 def test_task_test_chooses_the_average(trained, composed, tmp_path):
