@@ -1,0 +1,1 @@
+"""DEQ-Flow: Deep Equilibrium Optical Flow Estimation (CVPR 2022), arXiv 2204.08442."""
