@@ -66,11 +66,15 @@ class OneStep(Gradient):
     """One differentiable application at the solution: (I - J)^-1 replaced by I. Also known as Jacobian-free.
 
     Hamburger's one-step gradient (arXiv 2109.04553) and the phantom gradient with steps 1, tau 1.
+    recompute  keep only the state and evaluate f again in the backward pass: with several states, the activations of
+               one of them at a time
     """
+
+    recompute: bool = False
 
     def attach(self, fn, z, args, *, solution=None):
         problem, layout, flat = _flat(fn, z, args)
-        return [layout.unpack(problem(flat))]
+        return [layout.unpack(_damped(problem, flat, 1, self.recompute))]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,11 @@ of the authors' second version and of TorchDEQ's zoo; the first one differs in t
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.deq.layer import DEQ
 from common.deq.layers import reset
@@ -43,6 +45,9 @@ class FlowEquilibrium(nn.Module):
     hidden_init       "zero": h starts at zero, all of the context is injected; "tanh_context": as RAFT, the context
                       encoder has C channels more, whose tanh is the first h
     norm              applied to the update block once: `common.deq.layers.apply_norm` with its options, or None
+
+    A gradient rule with `recompute` keeps neither the activations of its steps nor those of the upsampling: in the
+    backward pass they exist for one state at a time.
 
     H and W must be multiples of 8, and of at least 2^(levels + 2) pixels. Everything is per sample but batch norms.
 
@@ -124,7 +129,13 @@ class FlowEquilibrium(nn.Module):
         args = (self.cell.gru.inject(context), correlation, origin, attention)
         states = self.deq(self.cell, (h, origin) if start is None else self._started(start, h), args)
         self.state = tuple(part.detach() for part in states[-1])
-        return [convex_upsample(c - origin, self.mask(h)) for h, c in states]
+        decode = self._decode
+        if torch.is_grad_enabled() and getattr(self.deq.grad, "recompute", False):
+            decode = partial(checkpoint, decode, use_reentrant=False)
+        return [decode(h, c - origin) for h, c in states]
+
+    def _decode(self, h: Tensor, flow: Tensor) -> Tensor:
+        return convex_upsample(flow, self.mask(h))
 
     def forward(self, first: Tensor, second: Tensor, start: FlowState | None = None) -> Tensor:
         return self.outputs(first, second, start)[-1]

@@ -30,6 +30,7 @@ EXACT = {
 }
 RULES = {
     "onestep": OneStep,
+    "onestep_recompute": lambda: OneStep(recompute=True),
     "unrolled": lambda: Unrolled(steps=3, tau=0.6),
     "unrolled_recompute": lambda: Unrolled(steps=3, tau=0.6, recompute=True),
     "neumann": lambda: Neumann(steps=3, tau=0.6),
@@ -441,6 +442,7 @@ def test_calls_of_the_map_per_rule():
         z.sum().backward()
         counts[name] = (forward, len(calls) - forward)
     solved = counts["onestep"][0] - 1
+    assert counts["onestep"] == (solved + 1, 0) and counts["onestep_recompute"] == (solved + 1, 1)
     assert counts["unrolled"] == (solved + 3, 0) and counts["unrolled_recompute"] == (solved + 3, 3)
     assert counts["neumann"] == counts["hook"] == (solved + 1, 0) and counts["function"] == (solved + 1, 1)
     assert counts["backprop"] == (4, 0) and counts["backprop_recompute"] == (4, 4)

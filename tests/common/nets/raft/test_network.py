@@ -358,3 +358,23 @@ def test_what_does_not_fit_is_said_in_one_sentence():
     ):
         with pytest.raises(UserError, match=words):
             small(**wrong)
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_recomputed_states_give_the_same_flows_and_gradients(sliced, monkeypatch):
+    first, second = pair()
+    runs, decoded = {}, []
+    decode = FlowEquilibrium._decode
+    monkeypatch.setattr(FlowEquilibrium, "_decode", lambda *given: (decoded.append(1), decode(*given))[1])
+    for recompute in (False, True):
+        deq = plain(4, grad=OneStep(recompute=recompute), states=2, sliced=sliced)
+        net = small(deq, norm=partial(apply_norm, kind="weight")).train()
+        flows = net.outputs(first, second)
+        sum(flow.square().mean() for flow in flows).backward()
+        runs[recompute] = [*flows, *(p.grad for p in net.parameters())]
+    assert len(decoded) == 2 + 4  # forgotten and computed again, but only where asked
+    for kept, again in zip(*runs.values(), strict=True):
+        torch.testing.assert_close(again, kept, rtol=1e-5, atol=1e-7)
