@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--key", help="entry of the file to take (default: ema), e.g. net_ema1. of meanflow's PyTorch")
     parser.add_argument("--net", help="network of conf/net, e.g. dit_b4 (default: that of the released file's name)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of that network")
+    parser.add_argument("--noise-scale", type=float, help="of pMF's noise (default: that of the released file's name)")
     args = parser.parse_args(argv)
 
     try:
@@ -55,8 +56,10 @@ def main(argv: list[str] | None = None) -> int:
 def _pickle(args: argparse.Namespace, out: Path):
     from common.weights.convert import convert
 
-    if args.net or args.set:
-        raise UserError(f"the file says what network it is of: leave --net and --set out for {args.family}.")
+    if args.net or args.set or args.noise_scale is not None:
+        raise UserError(
+            f"the file says what network it is of: leave --net, --set and --noise-scale out for {args.family}."
+        )
     return convert(args.file, out, family=args.family, key=args.key or "ema")
 
 
@@ -64,7 +67,9 @@ def _velocity(args: argparse.Namespace, out: Path):
     from common.weights.meanflow import convert_official
 
     sampler = {"_target_": "common.diffusion.sample.AverageVelocitySteps", "steps": 1}
-    return convert_official(args.file, out, network=network_of(args), prefix=args.key, sampler=sampler)
+    return convert_official(
+        args.file, out, network=network_of(args), prefix=args.key, sampler=sampler, noise_scale=args.noise_scale
+    )
 
 
 def network_of(args: argparse.Namespace) -> dict:

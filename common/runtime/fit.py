@@ -347,6 +347,7 @@ def write_export(run: Assembled, *, step: int, average: str) -> Path:
         meta={
             "experiment": run.cfg.run.experiment, "seed": run.cfg.seed, "step": step, "average": average,
             "commit": facts["commit"], "dirty": facts["dirty"], "published": run.plain["published"],
+            **run.module.export_facts(),
         },
     )  # fmt: skip
 

@@ -115,6 +115,10 @@ class ResearchModule(LightningModule):
         """As `show`, on a file or a folder of the user's own (`sample.input`). Raises UserError unless a paper can."""
         raise UserError(f"sample.input={files} is given, but {type(self).__name__} reads no files. Set it to null.")
 
+    def export_facts(self) -> dict:
+        """Plain data an export needs beside weights and configuration to be used as it was here."""
+        return {}
+
     def finalise(self, means: dict[str, float | Tensor]) -> dict[str, float]:
         """From the means of `evaluation_step` over a split to the paper's metrics. The same by default.
 

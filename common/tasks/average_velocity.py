@@ -95,9 +95,13 @@ class AverageVelocityModule(GenerativeModule):
         self.log("train/squared_v", terms.v.mean())
         return loss
 
+    def export_facts(self) -> dict:
+        """`noise_scale`, and `guidance`: the trained range of omega, or None."""
+        return {
+            "noise_scale": self.noise_scale,
+            "guidance": None if self.omega is None else [1.0, self.omega.largest],
+        }
+
     def denoiser(self, labels: Tensor | None = None) -> BoundVelocity:
         """u(z, t, r) for the samplers, conditioned on class `labels` (B,)."""
-        return BoundVelocity(
-            net=self.net, class_labels=self.one_hot(labels), noise_scale=self.noise_scale,
-            guidance=None if self.omega is None else (1.0, self.omega.largest),
-        )  # fmt: skip
+        return BoundVelocity(net=self.net, class_labels=self.one_hot(labels), **self.export_facts())

@@ -76,7 +76,7 @@ def write_export(
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A loaded export. `net` is the preconditioned network in eval mode, `net(x, sigma) -> denoised image`."""
+    """A loaded export. `net` is the network in eval mode: `net(x, sigma) -> denoised image` where it is a denoiser."""
 
     net: nn.Module
     sampler: Any
@@ -85,7 +85,7 @@ class Exported:
 
     @property
     def meta(self) -> dict:
-        """Experiment, step, average, commit, published numbers."""
+        """Experiment, step, average, commit, published numbers; of a velocity also `noise_scale` and `guidance`."""
         return self.config["meta"]
 
     @torch.no_grad()
@@ -130,7 +130,8 @@ class Exported:
     def _bound(self, sampler, class_labels: Tensor | None):
         """The network as the sampler calls it: a denoiser D(x, sigma), or for flows a velocity u(z, t, r).
 
-        An export does not say which guidance scales a network was trained on: every scale of at least 1 is taken.
+        Noise scale and trained guidance scales are those of the export; where it has none (official weights do not
+        say), every scale of at least 1 is taken.
         """
         from common.diffusion.guidance import BoundVelocity, Conditional
         from common.diffusion.sample import AverageVelocitySteps, FlowEuler
@@ -138,7 +139,10 @@ class Exported:
         if not isinstance(sampler, AverageVelocitySteps | FlowEuler):
             return Conditional(net=self.net, class_labels=class_labels)
         guided = "omega" in inspect.signature(self.net.forward).parameters
-        return BoundVelocity(net=self.net, class_labels=class_labels, guidance=(1.0, math.inf) if guided else None)
+        return BoundVelocity(
+            net=self.net, class_labels=class_labels, noise_scale=self.meta.get("noise_scale", 1.0),
+            guidance=self.meta.get("guidance", (1.0, math.inf) if guided else None),
+        )  # fmt: skip
 
     def _classes(self, n: int, labels) -> Tensor | None:
         count = self.net.label_dim

@@ -51,6 +51,9 @@ RELEASES: dict[str, Release] = {
     "pmf_h32": _release("pMF", "pMF-H-32.pt", fid_nfe1=2.36),
 }
 
+# Of the training noise, where it is not 1: official configurations of pMF.
+NOISE_SCALES = {"pMF-H-16.pt": 2.0, "pMF-B-32.pt": 2.0, "pMF-L-32.pt": 4.0, "pMF-H-32.pt": 4.0}
+
 # Tensors that are computed here, not stored; the fixed positions of a DiT among them, the learned ones of pMF not.
 _COMPUTED = re.compile(r"(^|\.)rope_freqs$")
 # Wrappers around a layer: flax in JAX and in the authors' PyTorch files, linear and embedding in FD-loss.
@@ -116,12 +119,14 @@ def convert_official(
     network: Mapping,
     prefix: str | None = None,
     sampler: Mapping | None = None,
+    noise_scale: float | None = None,
 ) -> Converted:
     """Reads an official file (nothing in it runs) and writes the export folder `out_dir`.
 
     network  `_target_` tree of a DiT, MiT, PixelMiT or AverageVelocity; the depth of its v-head is that of the file
     prefix   which copy to take, see `load_official`; None also takes "net_ema.", the main average of the CIFAR-10 code
     sampler  `_target_` tree of its sampler, or None
+    noise_scale  standard deviation of the noise at t = 1; None: that of the released file's name, else 1
     Raises UserError that names the file when it is damaged or of another architecture.
     """
     path = Path(path)
@@ -147,6 +152,7 @@ def convert_official(
         "licence": release.licence if release else None,
         "url": release.url if release else None,
         "published": dict(release.published) if release else {},
+        "noise_scale": NOISE_SCALES.get(path.name, 1.0) if noise_scale is None else noise_scale,
     }
     folder = write_export(out_dir, net.state_dict(), network, meta=meta, sampler=sampler)
     count = sum(value.numel() for value in net.parameters())

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from common.diffusion.sample import AverageVelocitySteps
+from common.diffusion.guidance import BoundVelocity
+from common.diffusion.sample import AverageVelocitySteps, ImageNoise
 from common.nets.average_velocity import AverageVelocity
 from common.nets.dit import DiT
 from common.nets.mit import MiT
 from common.nets.unet import SongUNet
+from common.weights.build import build
 from common.weights.export import load
 from tools import import_weights
 
@@ -107,7 +109,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys):
     assert "is of no released name: say its network with --net, one of dit_b2" in refused(capsys, "imf", own)
     assert "own.pth does not fit MiT" in refused(capsys, "imf", own, "--net", "mit_tiny", "--set", "width=32")
     assert "is no option of mit_tiny" in refused(capsys, "imf", own, "--net", "mit_tiny", "--set", "widht=32")
-    assert "leave --net and --set out for edm" in refused(capsys, "edm", own, "--net", "mit_tiny")
+    assert "leave --net, --set and --noise-scale out for edm" in refused(capsys, "edm", own, "--net", "mit_tiny")
 
 
 def test_a_released_name_says_its_network(tmp_path):
@@ -118,3 +120,18 @@ def test_a_released_name_says_its_network(tmp_path):
     ):
         tree = import_weights.network_of(Namespace(family=family, file=tmp_path / file, net=None, set=[]))
         assert tree["_target_"] == target and tree[key] == value
+
+
+def test_an_imported_pmf_starts_from_the_noise_it_was_trained_with(tmp_path, capsys):
+    net = build(import_weights.network_of(Namespace(family="pmf", file=tmp_path / "x", net="pmf_tiny", set=[])))
+    torch.save(shaken(net).state_dict(), tmp_path / "pMF-H-16.pt")
+    words = ["pmf", tmp_path / "pMF-H-16.pt", "--net", "pmf_tiny"]
+    imported(capsys, *words)
+    imported(capsys, *words, "--noise-scale", "1", "--out", tmp_path / "other")
+    released, other = load(tmp_path / "pMF-H-16"), load(tmp_path / "other")
+    assert (released.meta["noise_scale"], other.meta["noise_scale"]) == (2, 1)
+    z = ImageNoise(seed=3, indices=[0, 1], shape=(1, 8, 8)).z
+    for scale, made in ((2.0, released), (1.0, other)):
+        velocity = BoundVelocity(net=made.net, class_labels=torch.eye(10)[[4, 4]], noise_scale=scale)
+        torch.testing.assert_close(made.sample(2, seed=3, labels=4), AverageVelocitySteps()(velocity, z, None).float())
+    assert not torch.allclose(released.sample(2, seed=3, labels=4), other.sample(2, seed=3, labels=4))
