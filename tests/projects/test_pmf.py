@@ -12,7 +12,9 @@ from common.diffusion.time import LogitNormal, MaskThenOrder
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss
 from common.nets.pmf import PixelMiT
+from common.runtime import fit
 from common.runtime.launch import register_resolvers
+from common.weights.export import load
 from projects.pmf.method import Perceptual
 from projects.pmf.module import PixelMeanFlow
 
@@ -146,3 +148,12 @@ def test_published_settings_of_the_sheet(repo, name):
         assert (sampler.steps, sampler.omega, (sampler.t_min, sampler.t_max)) == (1, omega, interval)
         assert sampler.beyond == (omega > 8)
     assert (cfg.evaluate.samples, cfg.published[0].value) == (50_000, fid)
+
+
+def test_an_export_samples_as_its_run(composed, tmp_path):
+    """Noise of the run's own scale, also without Hydra."""
+    run = fit.assemble(composed("pmf_tiny", tmp_path / "run", "project.noise_scale=2"), training=False, measuring=False)
+    made = run.module.generate(torch.arange(3), sampler=AverageVelocitySteps(), seed=5)
+    exported = load(fit.write_export(run, step=0, average="raw"))
+    assert exported.meta["noise_scale"] == 2 and exported.meta["guidance"] is None
+    torch.testing.assert_close(exported.sample(3, seed=5, sampler=AverageVelocitySteps()), made.float())
