@@ -21,6 +21,7 @@ from projects.deq_flow.pictures import largest_motion, tile
 
 RATE = 10.0  # frames per second of what has no rate of its own
 ZERO = "from zero"
+FILMS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ def open_clips(path: Path) -> list[Clip]:
 
 
 def _film(path: Path) -> Clip:
+    if path.suffix.lower() not in FILMS:
+        raise UserError(
+            f"sample.input={path} is no clip. Give a folder of frames, an animated .gif or a film: {', '.join(FILMS)}."
+        )
     try:
         import av
     except ImportError as error:
@@ -144,7 +149,7 @@ def write_clip(module, clip: Clip, folder: Path, *, reuse: bool | str) -> list[P
     write_json(folder / "iterations.json", {
         "tolerance": deq.eval_solver.tol, "budget": deq.eval_solver.max_iter, "mean_steps": summary, "pairs": rows,
     })  # fmt: skip
-    _plot(folder / "iterations.png", rows, list(ways), deq.eval_solver.tol)
+    _plot(folder / "iterations.png", rows, list(ways), deq.eval_solver)
     print("evaluations per pair: " + ", ".join(f"{name} {steps:.1f}" for name, steps in summary.items()))
     return [*written, *([film] if film else []), folder / "iterations.png", folder / "iterations.json", *frames]
 
@@ -191,12 +196,13 @@ def write_film(path: Path, frames: list[Tensor], rate: float) -> Path | None:
     return path
 
 
-def _plot(path: Path, rows: list[dict], ways: list[str], tol: float) -> None:
+def _plot(path: Path, rows: list[dict], ways: list[str], solver) -> None:
     figure, axes = report.new_figure()
     for colour, name in zip(report.COLOURS, ways):
         axes.plot([row["pair"] for row in rows], [row[name]["steps"] for row in rows], "o-", color=colour, label=name)
+    axes.axhline(solver.max_iter, color="0.6", linestyle=":", label="budget: not reached")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("pair")
-    axes.set_ylabel(f"evaluations until relative residual {tol:g}")
-    figure.legend(loc="outside lower center", ncols=len(ways), frameon=False)
+    axes.set_ylabel(f"evaluations until relative residual {solver.tol:g}")
+    figure.legend(loc="outside lower center", ncols=len(ways) + 1, frameon=False)
     report.save_figure(figure, path)

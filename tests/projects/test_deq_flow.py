@@ -289,6 +289,9 @@ def test_animations_are_clips_and_bad_input_is_one_sentence(tmp_path, monkeypatc
     (tmp_path / "film.mp4").write_bytes(b"no film")
     with pytest.raises(UserError, match=r"film.mp4 (is a film, and there is nothing here|cannot be read as a film)"):
         open_clips(tmp_path / "film.mp4")
+    (tmp_path / "notes.md").write_text("no clip")
+    with pytest.raises(UserError, match=r"sample.input=.*notes.md is no clip"):
+        open_clips(tmp_path / "notes.md")
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(UserError, match="pip install av"):
         open_clips(tmp_path / "film.mp4")
