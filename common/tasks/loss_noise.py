@@ -24,7 +24,9 @@ class LossNoise(Callback):
     Both losses of MeanFlow and iMF are |u + (t - r) du/dt - v|^2 when unweighted, along another direction; power 0 in
     `losses` compares them so. The weights are those being trained, not their average.
 
-    losses    name -> loss of `common.losses.meanflow`, for a module without guidance as an input
+    Silent for a module whose network is told the guidance: MeanFlow's loss knows none, so there is nothing to compare.
+
+    losses    name -> loss of `common.losses.meanflow`
     batches   training batches, at least 2
     """
 
@@ -39,6 +41,8 @@ class LossNoise(Callback):
         return self._found
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.omega is not None:
+            return
         data, net = trainer.datamodule, pl_module.net
         modes = modes_of(pl_module)
         pl_module.train()

@@ -83,6 +83,12 @@ def test_both_losses_are_flow_matching_where_r_is_t():
     assert found["noise/imf_gradient_std"] > 0
 
 
+def test_silent_where_the_network_is_told_the_guidance():
+    callback = LossNoise(losses=LOSSES)
+    callback.on_fit_end(None, SimpleNamespace(omega=object()))
+    assert callback.results() == {}
+
+
 def test_a_parameter_without_gradient_and_one_gradient_alone():
     moments = Moments(Scale())
     moments.add((torch.tensor(3.0), None))
