@@ -16,14 +16,15 @@ SAYS = """\
 One random pair, random weights, size base (5.2 M parameters) with weight normalisation.
   training   forward and backward, without the optimiser. unroll_36, unroll_12: all steps differentiated with a loss on
              each, as RAFT trains; deq: 36 steps of plain iteration without autograd, six losses of one differentiated
-             step; deq_3_steps: two losses of three; one_step: the encoders and one step, what all have in common
+             step, evaluated again in the backward pass; deq_kept: the same with all activations kept; deq_3_steps: two
+             losses of three steps; one_step: the encoders and one step, what all have in common
   inference  12 steps and one upsampling, without autograd: torchvision's raft_large (5.3 M parameters, which upsamples
              after every step), ours with the correlation volume (dense) and without (on_demand)
   lookup     one lookup of 4 levels in windows of 9x9, without the volume's own cost: dense and on_demand
 The first variant of a case is what its ratios refer to."""
 
 CASES = ("training", "inference", "lookup")
-TRAINING = ("unroll_36", "unroll_12", "deq", "deq_3_steps", "one_step")
+TRAINING = ("unroll_36", "unroll_12", "deq", "deq_kept", "deq_3_steps", "one_step")
 THEIRS, DENSE, ON_DEMAND = "torchvision raft_large", "dense", "on_demand"
 STEPS = 12
 TINY = dict(
@@ -152,9 +153,11 @@ def remarks(rows: Sequence[Mapping]) -> list[str]:
             net = lambda name, table=table: (
                 table["training", name]["peak MiB"] - table["training", "one_step"]["peak MiB"]
             )
-            more = ", ".join(f"{name} {net(name) / max(net('deq'), 1):.2f}" for name in ("unroll_12", "unroll_36"))
+            others = ("deq_kept", "unroll_12", "unroll_36")
+            more = ", ".join(f"{name} {net(name) / max(net('deq'), 1):.2f}" for name in others)
             lines.append(
-                f"{where}: memory net of encoders and one step, in that of deq ({net('deq')} MiB): {more} (asked: 3, 8)"
+                f"{where}: memory net of encoders and one step, in that of deq ({net('deq')} MiB): {more} "
+                f"(asked of unroll_12 and unroll_36: 3, 8)"
             )
         for name in (THEIRS, DENSE, ON_DEMAND):
             if ("inference", name) in table:
