@@ -5,6 +5,7 @@ python -m tools.import_weights edm2 edm2-img64-s-1073741-0.075.pkl --out weights
 python -m tools.import_weights imf  iMF-B-2.pth
 python -m tools.import_weights meanflow checkpoint-last.pth              (PyTorch code, CIFAR-10)
 python -m tools.import_weights meanflow b4.npz --net dit_b4              (JAX code; npz or msgpack)
+python -m tools.import_weights flow deq-flow-H-things-test-3x.pth        (DEQ-Flow, RAFT, GMA, torchvision)
 """
 
 import argparse
@@ -16,6 +17,7 @@ from common.errors import UserError
 
 PICKLES = ("edm", "edm2")
 VELOCITIES = ("meanflow", "imf", "pmf")
+FLOW = "flow"
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -24,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.import_weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("family", choices=[*PICKLES, *VELOCITIES], help="which code base wrote the file")
+    parser.add_argument("family", choices=[*PICKLES, *VELOCITIES, FLOW], help="which code base wrote the file")
     parser.add_argument("file", type=Path, help="the downloaded file")
     parser.add_argument("--out", type=Path, help="folder to write (default: the file's name without ending, beside it)")
     parser.add_argument("--key", help="entry of the file to take (default: ema), e.g. net_ema1. of meanflow's PyTorch")
@@ -38,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         if out == args.file:
             ending = "no .pkl ending" if args.family in PICKLES else "no ending"
             raise UserError(f"{args.file} has {ending}. Name the output folder with --out.")
-        done = _pickle(args, out) if args.family in PICKLES else _velocity(args, out)
+        kind = _pickle if args.family in PICKLES else _flow if args.family == FLOW else _velocity
+        done = kind(args, out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.exit_code
@@ -72,6 +75,14 @@ def _velocity(args: argparse.Namespace, out: Path):
     )
 
 
+def _flow(args: argparse.Namespace, out: Path):
+    from common.weights.flow import convert_official
+
+    if args.key or args.noise_scale is not None:
+        raise UserError("files of optical flow hold one network and no noise: leave --key and --noise-scale out.")
+    return convert_official(args.file, out, network=network_of(args))
+
+
 def network_of(args: argparse.Namespace) -> dict:
     """The tree of conf/net/<--net>, or of the network a released file is of. Raises UserError without either."""
     from hydra import compose, initialize_config_dir
@@ -79,15 +90,19 @@ def network_of(args: argparse.Namespace) -> dict:
     from omegaconf import OmegaConf
 
     from common.runtime.launch import register_resolvers
-    from common.weights.meanflow import RELEASES
+    from common.weights import flow, meanflow
 
-    released = next((key for key, release in RELEASES.items() if release.file == args.file.name), None)
-    if released is not None:
+    releases = flow.RELEASES if args.family == FLOW else meanflow.RELEASES
+    released = next((key for key, release in releases.items() if release.file == args.file.name), None)
+    if released is not None and args.family == FLOW:
+        default = "deq_flow_huge" if released.startswith("deq_flow_h") else "deq_flow_base"
+    elif released is not None:
         default = f"mit_{released.removeprefix('imf_').removesuffix('2')}" if args.family == "imf" else released
     else:
         default = "meanflow_unet" if args.family == "meanflow" and args.file.suffix in (".pth", ".pt") else None
     name = args.net or default
-    known = sorted(p.stem for kind in ("meanflow", "dit", "mit", "pmf") for p in (CONF / "net").glob(f"{kind}_*.yaml"))
+    kinds = ("deq_flow",) if args.family == FLOW else ("meanflow", "dit", "mit", "pmf")
+    known = sorted(p.stem for kind in kinds for p in (CONF / "net").glob(f"{kind}_*.yaml"))
     if name not in known:
         raise UserError(f"{args.file} is of no released name: say its network with --net, one of {', '.join(known)}.")
     register_resolvers()

@@ -1,9 +1,11 @@
 """Official EDM / EDM2 pickles turned into our export folder: `model.safetensors` + `config.json`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import sha256_file
@@ -125,19 +127,42 @@ def convert(path: str | Path, out_dir: str | Path, *, family: str, key: str = "e
             f"{wrong[0]}: {shapes[0]} in the file, {shapes[1]} in the network."
             " The file is damaged or comes from changed code."
         )
+    return write_converted(
+        path, out_dir, network, tree, tensors=snapshot.tensors, release=release,
+        sampler={"_target_": "common.diffusion.sample.Heun", "steps": _heun_steps(family, tree)},
+        facts={"official_class": snapshot.class_name, "average": key},
+    )  # fmt: skip
+
+
+def write_converted(
+    path: Path,
+    out_dir: str | Path,
+    net: nn.Module,
+    network: Mapping,
+    *,
+    tensors: Mapping[str, Tensor],
+    release: official.Release | None,
+    sampler: Mapping | None,
+    facts: Mapping,
+) -> Converted:
+    """The export folder of an official file, with where its weights come from.
+
+    net      the network `tensors` belong to, on any device, and `network` its `_target_` tree
+    release  what is known of the file, or None;   facts  more for the record, plain data
+    """
+    digest = sha256_file(path)
     meta = {
         "source": path.name,
         "source_sha256": digest,
-        "official_class": snapshot.class_name,
-        "average": key,
         "licence": release.licence if release else None,
         "url": release.url if release else None,
         "published": dict(release.published) if release else {},
+        **facts,
     }
-    sampler = {"_target_": "common.diffusion.sample.Heun", "steps": _heun_steps(family, tree)}
-    folder = write_export(out_dir, snapshot.tensors, tree, meta=meta, sampler=sampler)
-    count = sum(value.numel() for value in network.parameters())
-    return Converted(folder=folder, class_name=snapshot.class_name, parameters=count, network=tree, sha256=digest)
+    folder = write_export(out_dir, tensors, network, meta=meta, sampler=sampler)
+    count = sum(value.numel() for value in net.parameters())
+    name = facts.get("official_class", type(getattr(net, "raw", net)).__name__)
+    return Converted(folder=folder, class_name=name, parameters=count, network=dict(network), sha256=digest)
 
 
 def _heun_steps(family: str, tree: dict) -> int:

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.weights.build import build
+from common.weights.convert import Converted, write_converted
+from common.weights.export import EXPORT_TARGETS
 from common.weights.load import LoadReport, load_into, load_tensors
-from common.weights.official import Release
+from common.weights.official import Release, by_file
 
 _V2 = "https://drive.google.com/drive/folders/1a_eX_wYN1qTw2Rj1naEXhcsG4D3KKxFw"
 _ZOO = "https://drive.google.com/drive/folders/1RTTKy9iQm4pYCEi2Zqzbxi9MHmASWeh8"
@@ -151,9 +154,36 @@ def load_official(net: nn.Module, path: str | Path) -> LoadReport:
     The network has to be of the file's size; RAFT's and torchvision's want hidden_init="tanh_context".
     Raises UserError when the file is damaged or of another architecture.
     """
+    return _load(net, _read(Path(path)), str(path))
+
+
+def convert_official(path: str | Path, out_dir: str | Path, *, network: Mapping) -> Converted:
+    """Reads such a file (nothing in it runs) and writes the export folder `out_dir`.
+
+    network  `_target_` tree of a `FlowEquilibrium` of the file's size. Its `hidden_init` becomes "tanh_context" where
+             the file's context encoder has the channels of RAFT's first hidden state
+    Raises UserError that names the file when it is damaged or of another architecture.
+    """
     path = Path(path)
+    state, network = _read(path), dict(network)
+    width = network.get("hidden_channels", 128)
+    if "context.out.weight" in state and len(state["context.out.weight"]) == 2 * width:
+        network["hidden_init"] = "tanh_context"
+    with torch.random.fork_rng(devices=[]):
+        net = build(network, allowed=EXPORT_TARGETS)
+    _load(net, state, str(path))
+    release = by_file(path.name, RELEASES)
+    return write_converted(
+        path, out_dir, net, network, tensors=net.state_dict(), release=release, sampler=None, facts={}
+    )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     try:
-        state = official_state(load_tensors(path))
+        return official_state(load_tensors(path))
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
-    return load_into(net, matched_norm(state, set(net.state_dict())), prefix="", name=str(path))
+
+
+def _load(net: nn.Module, state: Mapping[str, Tensor], name: str) -> LoadReport:
+    return load_into(net, matched_norm(state, set(net.state_dict())), prefix="", name=name)

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import sha256_file
 from common.weights.build import build
-from common.weights.convert import Converted
-from common.weights.export import EXPORT_TARGETS, write_export
+from common.weights.convert import Converted, write_converted
+from common.weights.export import EXPORT_TARGETS
 from common.weights.flax import read_flax
 from common.weights.load import LoadReport, load_into, load_tensors
-from common.weights.official import Release
+from common.weights.official import Release, by_file
 
 _HOST = "https://huggingface.co/Lyy0725"
 _LICENCE = "MIT (the code's; the files name none)"
@@ -143,21 +142,11 @@ def convert_official(
     with torch.random.fork_rng(devices=[]):
         net = build(network, allowed=EXPORT_TARGETS)
     _load(net, state, str(path))
-    digest = sha256_file(path)
-    release = next((release for release in RELEASES.values() if release.file == path.name), None)
-    meta = {
-        "source": path.name,
-        "source_sha256": digest,
-        "average": prefix,
-        "licence": release.licence if release else None,
-        "url": release.url if release else None,
-        "published": dict(release.published) if release else {},
-        "noise_scale": NOISE_SCALES.get(path.name, 1.0) if noise_scale is None else noise_scale,
-    }
-    folder = write_export(out_dir, net.state_dict(), network, meta=meta, sampler=sampler)
-    count = sum(value.numel() for value in net.parameters())
-    name = type(getattr(net, "raw", net)).__name__
-    return Converted(folder=folder, class_name=name, parameters=count, network=network, sha256=digest)
+    noise_scale = NOISE_SCALES.get(path.name, 1.0) if noise_scale is None else noise_scale
+    return write_converted(
+        path, out_dir, net, network, tensors=net.state_dict(), release=by_file(path.name, RELEASES), sampler=sampler,
+        facts={"average": prefix, "noise_scale": noise_scale},
+    )  # fmt: skip
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -55,6 +55,6 @@ RELEASES: dict[str, Release] = {
 }
 
 
-def by_file(name: str) -> Release | None:
+def by_file(name: str, releases: Mapping[str, Release] = RELEASES) -> Release | None:
     """The release whose download is called `name`, or None."""
-    return next((release for release in RELEASES.values() if release.file == name), None)
+    return next((release for release in releases.values() if release.file == name), None)
