@@ -115,6 +115,7 @@ def test_frozen_statistics_stay_frozen_through_evaluations():
 
 
 TINY = [
+    "data.train.chairs.weight=0",
     *(f"data.evaluation.pairs_{name}=null" for name in ("chairs", "middlebury", "sintel", "kitti")),
     "data.batch_size=2", "data.crop=[64,64]", "project.net.encoder_channels=[8,8,8]",
     "project.net.deq.solver.max_iter=6", "data.train.synthflow.source.held_out_pairs=2", "evaluate=split",
