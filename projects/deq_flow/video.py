@@ -202,6 +202,7 @@ def _plot(path: Path, rows: list[dict], ways: list[str], solver) -> None:
         axes.plot([row["pair"] for row in rows], [row[name]["steps"] for row in rows], "o-", color=colour, label=name)
     axes.axhline(solver.max_iter, color="0.6", linestyle=":", label="budget: not reached")
     axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("pair")
     axes.set_ylabel(f"evaluations until relative residual {solver.tol:g}")
     figure.legend(loc="outside lower center", ncols=len(ways) + 1, frameon=False)
