@@ -209,7 +209,7 @@ def test_bad_input_is_one_sentence():
 
 def test_two_real_steps_with_head_classes_and_guidance(two_steps, tmp_path):
     _, after, rows = two_steps(
-        "imf_tiny", tmp_path / "run", "project.loss.head=auxiliary", "project.net.guided=true",
+        "imf_tiny", tmp_path / "run", "project.loss.head=auxiliary", "project.loss.power=1", "project.net.guided=true",
         "project.net.model.num_times=5", "project.net.model.out_channels=2", "project.net.model.label_dim=10",
         "project.omega={_target_: common.diffusion.time.PowerOmega, s_max: 7.0, beta: 1.0}",
         "project.interval={_target_: common.diffusion.time.GuidanceInterval, split: 0.5}",
