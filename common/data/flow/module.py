@@ -142,7 +142,9 @@ class FlowData(RestartingDataModule):
                 try:
                     part.source.check(part.split)
                 except UserError as error:
-                    drop = "" if kind == "train" else f" Or leave the set out: data.evaluation.{key}=null."
+                    out = f"data.evaluation.{key}=null" if kind == "evaluation" else f"data.train.{key}.weight=0"
+                    needed = kind == "train" and len(parts) == 1  # something must be trained on
+                    drop = "" if needed else f" Or leave the set out: {out}."
                     raise UserError(f"data.{kind}.{key}: {error}{drop}") from error
 
     def mixture(self) -> "Mixture":

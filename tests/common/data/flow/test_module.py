@@ -218,6 +218,9 @@ def test_the_check_looks_at_every_set_and_says_which():
     assert good.checked == ["train"]
     with pytest.raises(UserError, match=r"data\.train\.bad: sintel not found. Set data\.root\.$"):
         module(train={"bad": TrainingSet(source=bad, augment=dense())}).check()
+    both = {name: TrainingSet(source=source, augment=dense()) for name, source in (("good", good), ("bad", bad))}
+    with pytest.raises(UserError, match=r"data\.train\.bad: sintel not .*data\.train\.bad\.weight=0"):
+        module(train=both).check()
     module(evaluation={"clean": None}).check()
 
 
