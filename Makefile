@@ -44,8 +44,8 @@ lint: install ## ruff
 type: install ## every file compiles
 	$(PY) -m compileall -q common projects tools tests
 
-check: install ## compose, check and fake-run every experiment
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_experiments.py $(ARGS)
+check: install ## compose, check and fake-run every experiment at its published depth
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --full tests/test_experiments.py $(ARGS)
 
 doctor: install ## what works on this machine, and why not
 	$(PY) -m tools.doctor $(ARGS)

@@ -1,6 +1,7 @@
 """Fixtures every test file may use. No test reaches the network or writes outside its tmp_path."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,36 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also step every experiment at its published depth")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     return REPO
+
+
+@pytest.fixture(scope="session")
+def experiment_config():
+    """experiment_config(name) -> its configuration, composed once per process; a copy, free to change."""
+    from hydra import compose, initialize_config_dir
+
+    from common.runtime.launch import register_resolvers
+
+    @cache
+    def composed(name: str):
+        register_resolvers()
+        with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+            return compose("config", overrides=[f"+experiment={name}", f"run.experiment={name}"])
+
+    return lambda name: composed(name).copy()
 
 
 @pytest.fixture(scope="session")

@@ -1,39 +1,103 @@
-"""Every experiment file: composes, passes the check, builds without storage, has the published size, and steps once."""
+"""Every experiment file: composes, passes the check, builds without storage, has the published size, and steps once.
 
+Sizes are counted at the published depth. The step is taken once per kind of network and loss, with few blocks and few
+solver iterations: repeating a block finds nothing new. `make check` steps every experiment at the published depth.
+"""
+
+import hashlib
+import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from common.runtime.check import check, read_schema
-from common.runtime.launch import open_sections, register_resolvers
+from common.runtime.launch import open_sections
 from common.runtime.plan import fake_training_step, micro_batch, raw_parameters, world_size
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
+# how often a repeated part runs in the shallow step, by its key: blocks of networks, iterations of solvers
+AT_MOST = {
+    "blocks": 1, "depth": 2, "head_depth": 1, "max_iter": 3, "num_blocks": 1, "rounds": 1, "states": 2, "steps": 2,
+    "v_depth": 1,
+}  # fmt: skip
+NO_PART_OF_THE_STEP = {"schedule", "optimizer", "d_optimizer"}
 
 
-def composed(name: str, *overrides: str):
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=[f"+experiment={name}", f"run.experiment={name}", *overrides])
+@pytest.fixture(scope="session")
+def schema():
+    return open_sections(read_schema(CONF))
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiment_composes_checks_and_steps(name):
-    cfg = composed(name)
-    check(cfg, schema=open_sections(read_schema(CONF)))
-    for needed in (cfg.needs or {}).values():
-        assert needed.experiment in EXPERIMENTS
-    assert micro_batch(cfg.data.batch_size, world_size(cfg), cfg.trainer.accumulate_grad_batches) >= 1
-    # two samples are enough for shapes and gradients; the count of parameters does not depend on them
+def shallow(node):
+    """The plain tree with every count of `AT_MOST` cut down."""
+    if isinstance(node, dict):
+        return {k: min(v, AT_MOST[k]) if k in AT_MOST and type(v) is int else shallow(v) for k, v in node.items()}
+    return [shallow(v) for v in node] if isinstance(node, list) else node
+
+
+def kind(node):
+    """The plain tree with the sign in place of every number: trees of one kind run the same code on other sizes."""
+    if isinstance(node, dict):
+        return {k: kind(v) for k, v in node.items()}
+    if isinstance(node, list):
+        return [kind(v) for v in node]
+    return (node > 0) - (node < 0) if type(node) in (int, float) else node
+
+
+@pytest.fixture(scope="session")
+def first_of_its_kind(tmp_path_factory, request):
+    """first_of_its_kind(configuration) -> whether no process of this session has stepped one of this kind yet."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if hasattr(request.config, "workerinput") else shared
+
+    def claim(cfg) -> bool:
+        tree = OmegaConf.to_container(cfg.project, resolve=True)
+        step = kind({key: value for key, value in tree.items() if key not in NO_PART_OF_THE_STEP})
+        name = hashlib.sha256(json.dumps([step, cfg.trainer.precision], sort_keys=True).encode()).hexdigest()
+        try:
+            os.close(os.open(shared / f"stepped-{name}", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    return claim
+
+
+def assert_steps(cfg):
+    """One step on fake tensors: two samples are enough for shapes and gradients. Returns the module."""
     module, flops, kept = fake_training_step(cfg, images=2)
-    assert raw_parameters(module) == cfg.plan.parameters
     assert flops > 0 and kept > 0
     idle = [n for n, p in module.raw.named_parameters() if p.requires_grad and p.grad is None]
     assert [n for n in idle if not n.startswith(tuple(module.idle_parameters))] == []
+    return module
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_composes_checks_counts_and_steps(name, experiment_config, schema, first_of_its_kind):
+    cfg = experiment_config(name)
+    check(cfg, schema=schema)
+    for needed in (cfg.needs or {}).values():
+        assert needed.experiment in EXPERIMENTS
+    assert micro_batch(cfg.data.batch_size, world_size(cfg), cfg.trainer.accumulate_grad_batches) >= 1
+    with torch.device("meta"):
+        module = instantiate(cfg.project, _convert_="all")
+    assert raw_parameters(module) == cfg.plan.parameters
+    if first_of_its_kind(cfg):
+        fewer = cfg.copy()
+        fewer.project = shallow(OmegaConf.to_container(cfg.project, resolve=True))
+        assert_steps(fewer)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_steps_at_its_published_depth(name, experiment_config):
+    cfg = experiment_config(name)
+    assert raw_parameters(assert_steps(cfg)) == cfg.plan.parameters
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -43,8 +107,8 @@ def test_experiment_header_says_how_to_run_it(name):
     assert f"# python -m projects.run +experiment={name}" in lines[:4], "the command stands in the header"
 
 
-def test_published_values_of_the_sheet():
-    """The table of ect.md section 4, read from the composed configurations."""
+def test_published_values_of_ect_and_edm(experiment_config):
+    composed = experiment_config
     cfg = composed("ect_cifar10")
     assert (cfg.data.batch_size, cfg.trainer.max_steps) == (128, 200_000)
     assert cfg.project.optimizer._target_ == "torch.optim.RAdam" and cfg.project.optimizer.lr == 1e-4
@@ -82,14 +146,14 @@ def test_published_values_of_the_sheet():
         assert cfg.project.schedule.reference == 35_000 * 2048 and cfg.project.loss.uncertainty is True
 
 
-def test_wrong_key_inside_an_experiment_file_is_found(tmp_path):
-    cfg = composed("ect_cifar10")
+def test_wrong_key_inside_an_experiment_file_is_found(experiment_config, schema):
+    cfg = experiment_config("ect_cifar10")
     OmegaConf.set_struct(cfg, False)
     cfg.project.loss.qq = 3.0
     with pytest.raises(ValueError, match=r"project\.loss\.qq .*Closest: q"):
-        check(cfg, schema=open_sections(read_schema(CONF)))
+        check(cfg, schema=schema)
 
 
-def test_fake_step_allocates_no_parameters():
-    module, _, _ = fake_training_step(composed("ect_cifar10"), images=2)
+def test_fake_step_allocates_no_parameters(experiment_config):
+    module, _, _ = fake_training_step(experiment_config("ect_tiny"), images=2)
     assert all(isinstance(p, torch._subclasses.FakeTensor) for p in module.parameters())
