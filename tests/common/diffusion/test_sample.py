@@ -146,6 +146,38 @@ def test_ddim_with_full_noise_gives_the_data_law():
     assert abs(out.std() - STD) < 0.02
 
 
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("path", [VP(), DiscreteVP()], ids=["vp", "discrete"])
+def test_ddim_with_fresh_noise_draws_from_the_ddpm_posterior(path, eta):
+    """Three steps with the data known to be 0 and known noise: every state follows from the means and variances.
+
+    With abar = a^2 and beta = 1 - abar_t / abar_r, DDPM (arXiv 2006.11239) eq. 7: mean sqrt(1 - beta) (1 - abar_r) /
+    (1 - abar_t) x, variance beta (1 - abar_r) / (1 - abar_t). DDIM eq. 16: eta times that standard deviation.
+    """
+    steps = 4
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    abar = (path.a(times) ** 2).tolist()
+    z = latents(1)
+    expected, noises = z * math.sqrt(1 - abar[0]), [torch.full_like(z, 10.0**k) for k in range(steps)]
+    for k in range(steps - 1):
+        beta, left = 1 - abar[k] / abar[k + 1], (1 - abar[k + 1]) / (1 - abar[k])
+        variance = beta * left
+        if eta == 1:
+            mean = math.sqrt(1 - beta) * left * expected
+        else:  # eq. 12: the noise that is not drawn afresh keeps its direction
+            mean = math.sqrt(1 - abar[k + 1] - eta**2 * variance) / math.sqrt(1 - abar[k]) * expected
+        expected = mean + eta * math.sqrt(variance) * noises[k]
+
+    seen = []
+
+    def nothing(x, sigma):
+        seen.append(x * math.sqrt(abar[len(seen)]))  # the denoiser is given x / a
+        return torch.zeros_like(x)
+
+    DDIM(path=path, steps=steps, eta=eta)(nothing, z, lambda k: noises[k])
+    torch.testing.assert_close(seen[-1], expected, rtol=1e-9, atol=1e-12)
+
+
 def test_flow_euler_closed_form_and_order():
     """v = E[e - x | z] for x ~ N(0, STD^2); end point z_0 = STD z_1 (sd_0/sd_1 with sd_1 = 1)."""
 

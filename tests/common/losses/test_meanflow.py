@@ -57,6 +57,19 @@ def points(n: int = 200):
     return z, t, r
 
 
+def test_the_target_is_a_constant_and_the_compound_velocity_is_one_in_the_derivative():
+    generator = torch.Generator().manual_seed(0)
+    u, v, dudt = (torch.randn(4, 1, 2, 2, generator=generator).requires_grad_() for _ in range(3))
+    t, r = torch.tensor([0.9, 0.5, 0.7, 1.0]), torch.tensor([0.1, 0.5, 0.2, 0.0])
+    target = average_velocity_target(v, dudt, t, r)
+    assert not target.requires_grad
+    torch.testing.assert_close(target, (v - wide(t - r) * dudt).detach())
+    velocity = compound_velocity(u, dudt, t, r)
+    torch.testing.assert_close(velocity, u + wide(t - r) * dudt)
+    velocity.sum().backward()
+    assert torch.equal(u.grad, torch.ones_like(u)) and dudt.grad is None
+
+
 def test_the_identity_holds_for_the_exact_average_velocity():
     z, t, r = points()
     v = velocity(z, t)

@@ -21,6 +21,12 @@ def test_a_case_by_hand():
     }  # fmt: skip
 
 
+def test_class_accuracy_divides_by_the_pixels_of_the_true_class():
+    found = segmentation_scores(torch.tensor([[8, 2], [1, 9]]))  # rows are the truth: 8 of 10 and 9 of 10
+    assert found["class_accuracy"] == pytest.approx(85, abs=1e-9)
+    assert found["miou"] == pytest.approx(100 * (8 / 11 + 9 / 12) / 2)
+
+
 def test_a_class_that_is_only_predicted_counts_zero():
     found = segmentation_scores(confusion_matrix(torch.tensor([[0, 2]]), torch.tensor([[0, 0]]), 4))
     assert found["miou"] == pytest.approx((50 + 0) / 2) and found["class_accuracy"] == pytest.approx(50)
