@@ -9,7 +9,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 def main() -> int:
     """Runs one configuration (or a sweep with -m) and returns the process exit code."""
-    from common.runtime import launch
+    from common.runtime.cli import launch
 
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(launch.help_text(CONF))

@@ -160,7 +160,7 @@ def _why_not_composed(overrides: tuple[str, ...], root: Path) -> str | None:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from common.runtime import launch
+    from common.runtime.cli import launch
 
     launch.register_resolvers()
     try:

@@ -225,7 +225,7 @@ def test_a_run_folder_explains_itself(cli, tmp_path):
 
 
 def test_the_run_name_tells_settings_apart(monkeypatch):
-    from common.runtime.launch import run_name
+    from common.runtime.cli.launch import run_name
 
     assert run_name(0, ["+experiment=edm_tiny", "trainer.max_steps=5", "logger=wandb", "task=sample"]) == "seed0"
     one, two = (run_name(3, ["+experiment=edm_tiny", f"project.optimizer.lr={lr}"]) for lr in (1e-3, 1e-4))

@@ -16,9 +16,10 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
-from common.runtime import checkpoint, fit
-from common.runtime.guard import Interrupted
-from common.runtime.launch import quiet, register_resolvers
+from common.runtime.cli.launch import quiet, register_resolvers
+from common.runtime.training import checkpoint
+from common.runtime.training.guard import Interrupted
+from common.runtime.verbs import fit
 
 REPO = Path(__file__).resolve().parent.parent
 SMALL = (

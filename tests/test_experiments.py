@@ -14,9 +14,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from common.runtime.check import check, read_schema
-from common.runtime.launch import open_sections
-from common.runtime.plan import fake_training_step, micro_batch, raw_parameters, world_size
+from common.runtime.cli.check import check
+from common.runtime.cli.explain import read_schema
+from common.runtime.cli.launch import open_sections
+from common.runtime.verbs.plan import fake_training_step, micro_batch, raw_parameters, world_size
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))

@@ -5,7 +5,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 
-from common.runtime.check import check
+from common.runtime.cli.check import check
 
 
 @pytest.fixture

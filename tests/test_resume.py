@@ -19,9 +19,10 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
 
 from common.errors import UserError
-from common.runtime import checkpoint, fit
-from common.runtime.guard import Interrupted
-from common.runtime.launch import quiet, register_resolvers
+from common.runtime.cli.launch import quiet, register_resolvers
+from common.runtime.training import checkpoint
+from common.runtime.training.guard import Interrupted
+from common.runtime.verbs import fit
 
 REPO = Path(__file__).resolve().parent.parent
 MLP = (
@@ -34,7 +35,7 @@ AVERAGES = (
 )
 EDM = (
     "+experiment=edm_tiny", *MLP, "project.net.model.dropout=0.2", "project.net.model.augment_dim=9",
-    "+project.augment._target_=common.data.augment.EdmAugment", "schedule@project.schedule=ramp",
+    "+project.augment._target_=common.data.images.augment.EdmAugment", "schedule@project.schedule=ramp",
     "evaluate.samplers.heun.steps=2",
 )  # fmt: skip
 ECT = (

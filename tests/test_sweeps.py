@@ -1,6 +1,6 @@
 """Sweeps of the real entry, with each launcher and sweeper, end in one table and one plot; loggers by one word.
 
-The launchers with a toy program, and failing jobs: tests/common/runtime/test_sweep.py.
+The launchers with a toy program, and failing jobs: tests/common/runtime/cli/test_sweep.py.
 """
 
 import csv

@@ -28,8 +28,8 @@ from types import ModuleType
 
 from common.errors import UserError, nearest
 from common.files import write_json
-from common.runtime import report
-from common.runtime.memory import peak_growth
+from common.runtime.training.memory import peak_growth
+from common.runtime.verbs import report
 
 FOLDER = Path(__file__).resolve().parent / "benchmarks"
 MEMORY_STEPS = 2  # the second step has the optimiser's state beside the activations

@@ -33,7 +33,7 @@ import yaml
 
 from common.errors import UserError, nearest
 from common.files import read_json, write_json
-from common.runtime import report
+from common.runtime.verbs import report
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}

@@ -5,7 +5,7 @@
 
 <images> is a folder with one folder per class (ImageNet's train), or any folder or zip of pictures. Every picture is
 cut and resized as Dhariwal & Nichol do, and it and its mirror image are encoded into mean and standard deviation of
-latents, in shards of --shard-size pictures (`common/data/latent_cache.py` says how). 1,281,167 pictures of 256 pixels
+latents, in shards of --shard-size pictures (`common/data/latents/cache.py` says how). 1,281,167 pictures of 256 pixels
 take 84 GB, half with --store float16.
 
 Stop it at any time: the same command goes on, checks what is there by checksum and encodes only what is missing.
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> dict | None:
     latents of other settings.
     """
     _check(options)
-    from common.data import latent_cache
+    from common.data.latents import cache as latent_cache
 
     pictures, classes = open_pictures(options)
     encoder = open_encoder(options)
@@ -169,7 +169,7 @@ class Pictures:
 
 def open_pictures(options: argparse.Namespace):
     """(the pictures, class names; None without labels, [] where dataset.json numbers them)."""
-    from common.data.folder import ImageFiles
+    from common.data.images.folder import ImageFiles
 
     path = Path(options.images).expanduser()
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
@@ -263,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="arithmetic of the encoder")
     add("--store", default="float32", choices=("float32", "float16"), help="type of the numbers kept")
-    add("--fit", default="adm", choices=("adm", "center", "exact"), help="crop and resize, see common/data/folder.py")
+    add("--fit", default="adm", choices=("adm", "center", "exact"), help="crop and resize, see common.data.images.folder")
     add("--no-mirror", action="store_true", help="leave the mirror images out")
     add("--no-labels", action="store_true", help="pictures without classes")
     add("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and say which")

@@ -69,7 +69,7 @@ def open_reference(options: argparse.Namespace):
                 f"{nearest(options.data, DATASETS)}"
             )
         return FolderImages(path=options.data, limit=options.limit)
-    from common.data.images import ImageDataModule
+    from common.data.images.module import ImageDataModule
 
     data = ImageDataModule(source=_source(options.data, options.root))
     if options.split not in data.splits:
@@ -105,9 +105,9 @@ def open_extractor(options: argparse.Namespace, reference):
 
 
 def _source(name: str, root: str):
-    from common.data.cifar import Cifar10
-    from common.data.digits import Digits
-    from common.data.mnist import FashionMnist, Mnist
+    from common.data.images.cifar import Cifar10
+    from common.data.images.digits import Digits
+    from common.data.images.mnist import FashionMnist, Mnist
 
     if name == "digits":
         return Digits()

@@ -76,7 +76,7 @@ def _velocity(args: argparse.Namespace, out: Path):
 
 
 def _flow(args: argparse.Namespace, out: Path):
-    from common.weights.flow import convert_official
+    from projects.deq_flow.weights import convert_official
 
     if args.key or args.noise_scale is not None:
         raise UserError("files of optical flow hold one network and no noise: leave --key and --noise-scale out.")
@@ -89,8 +89,9 @@ def network_of(args: argparse.Namespace) -> dict:
     from hydra.errors import ConfigCompositionException, HydraException
     from omegaconf import OmegaConf
 
-    from common.runtime.launch import register_resolvers
-    from common.weights import flow, meanflow
+    from common.runtime.cli.launch import register_resolvers
+    from common.weights import meanflow
+    from projects.deq_flow import weights as flow
 
     releases = flow.RELEASES if args.family == FLOW else meanflow.RELEASES
     released = next((key for key, release in releases.items() if release.file == args.file.name), None)

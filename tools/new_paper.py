@@ -26,7 +26,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from common.runtime.generative import GenerativeModule
+from common.runtime.training.generative import GenerativeModule
 
 
 class @Class@(GenerativeModule):
@@ -160,7 +160,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from common.runtime import launch
+from common.runtime.cli import launch
 from common.weights.build import build
 
 

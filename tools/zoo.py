@@ -19,7 +19,7 @@ import yaml
 
 from common.errors import UserError, nearest
 from common.files import read_json, write_text
-from common.runtime.report import markdown_table, show
+from common.runtime.verbs.report import markdown_table, show
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- zoo:(\w+) -->\n?)(.*?)(<!-- /zoo -->)", re.DOTALL)

@@ -124,3 +124,34 @@ class EvalSampler(Sampler):
 
     def __len__(self) -> int:
         return sum(1 for _ in self._shares())
+
+
+class EqualSizes(Sampler):
+    """Every index once: lists of (index, index) whose pictures have one size, this rank's share of them.
+
+    count       pictures
+    sizes       (height, width) of each, None when they are not known: then batches of one
+    batch_size  pictures per batch over all ranks; a rank's batches hold at most batch_size / world_size, at least one
+
+    A batch is given out when it is full, what is left at the end in the order of its first picture: near the stored
+    order, so that the first batches are a fair sample of the split.
+    """
+
+    def __init__(self, *, count: int, sizes: list | None, batch_size: int, rank: int = 0, world_size: int = 1):
+        share = max(1, batch_size // world_size) if sizes is not None else 1
+        open_batches: dict[tuple, list[int]] = {}
+        batches = []
+        for index in range(count):
+            key = sizes[index] if sizes is not None else None
+            batch = open_batches.setdefault(key, [])
+            batch.append(index)
+            if len(batch) == share:
+                batches.append(open_batches.pop(key))
+        self.batches = (batches + list(open_batches.values()))[rank::world_size]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in self.batches:
+            yield [(index, index) for index in batch]
+
+    def __len__(self) -> int:
+        return len(self.batches)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.diffusion import limits
+from common import limits
 from common.errors import UserError
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common.diffusion import limits
+from common import limits
 from common.errors import UserError
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.diffusion import limits
+from common import limits
 
 KINDS = ("denoiser", "eps", "v", "score")
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from common.diffusion import limits
+from common import limits
 from common.diffusion.paths import VP
 from common.errors import UserError
 from common.nets.edm2 import MPConv, MPFourier, normalize, weights_kept

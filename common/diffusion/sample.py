@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from common.diffusion import limits
+from common import limits
 from common.diffusion.paths import Path, expand
 from common.errors import UserError
 

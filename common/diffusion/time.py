@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from common.diffusion import limits
+from common import limits
 from common.errors import UserError
 
 

@@ -142,12 +142,13 @@ class Ham(nn.Module):
 
 
 def update_bases(module: nn.Module) -> int:
-    """`update_bases` of every online Ham below `module`, for the end of a training step; returns how many there are."""
-    hams = [part for part in module.modules() if isinstance(part, Ham) and part.start == "online"]
-    for ham in hams:
-        ham.update_bases()
-    return len(hams)
-
+    """Move the stored bases below `module` after an optimiser step: online Hams, and any other module with
+    `update_bases()`. Returns how many there are."""
+    parts = [part for part in module.modules() if hasattr(part, "update_bases")]
+    moving = [part for part in parts if not (isinstance(part, Ham) and part.start != "online")]
+    for part in moving:
+        part.update_bases()
+    return len(moving)
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common.diffusion import limits
+from common import limits
 from common.losses.robust import pseudo_huber, squared_distance
 
 ADJUSTMENTS = ("sigmoid", "const")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from common.diffusion import limits
+from common import limits
 
 WEIGHTS = ("edm", "inverse_variance", "uniform")
 

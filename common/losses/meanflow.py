@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from common import limits
 from common.deq.structure import without_autocast
-from common.diffusion import limits
 from common.diffusion.jvp import only_shapes, select_rows, total_derivative
 from common.diffusion.paths import expand
 from common.errors import UserError

@@ -185,7 +185,7 @@ class DigitsClassifier(FeatureExtractor):
 
     cache_dir  folder for the trained weights (digits-classifier-<hash of code settings>.safetensors)
 
-    Training is deterministic: one thread, fixed seed, the 1400 train images of `common.data.digits`. It runs in
+    Training is deterministic: one thread, fixed seed, the 1400 train images of `common.data.images.digits`. It runs in
     float64 with smooth activations and ends by rounding the weights to multiples of 2^-10, so that machines whose
     matrix products differ in the last bits still arrive at the same weights and hence at the same hash.
     """
@@ -288,7 +288,7 @@ def _digits_network() -> nn.Sequential:
 
 def train_digits_classifier() -> dict[str, Tensor]:
     """State dict (float32) of the frozen digits classifier; the same bits on every call."""
-    from common.data.digits import digits_split
+    from common.data.images.digits import digits_split
 
     train_x, train_y, _, _ = digits_split()
     x = from_uint8(torch.as_tensor(train_x)).flatten(1).to(torch.float64)

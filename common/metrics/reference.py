@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.data.folder import ImageFiles
+from common.data.images.folder import ImageFiles
 from common.errors import UserError
 from common.files import sha256_file
 from common.metrics.features import FeatureExtractor

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from common.data.paired import IGNORE
+from common.data.segmentation.augment import IGNORE
 
 
 def confusion_matrix(prediction: Tensor, mask: Tensor, num_classes: int, ignore: int = IGNORE) -> Tensor:
@@ -16,7 +16,7 @@ def confusion_matrix(prediction: Tensor, mask: Tensor, num_classes: int, ignore:
     mask        (B, H, W), classes and `ignore`: pixels without a class count nowhere
 
     Matrices of batches and processes are added up. By torchmetrics, without its validation, which reads every mask back
-    to the host; `common.data.segmentation` has checked the masks.
+    to the host; `common.data.segmentation.module` has checked the masks.
     """
     return multiclass_confusion_matrix(prediction, mask, num_classes, ignore_index=ignore, validate_args=False)
 

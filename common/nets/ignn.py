@@ -9,7 +9,7 @@ with W inside the ball ||W||_inf <= kappa / lambda_pf(A) (`project_rows`), on wh
 equilibrium exists, is unique, and plain iteration finds it. b(U) = A^T (U Omega_1^T) + U Omega_2^T.
 
 To a solver a graph is ONE sample, state (1, N, m): nodes are coupled, none can leave before the others. Several graphs
-travel as one block-diagonal graph, hence as one sample too (see `common.data.graph`); they stop together.
+travel as one block-diagonal graph, hence as one sample too (see `common.data.graph.module`); they stop together.
 """
 
 import copy
@@ -175,7 +175,7 @@ class ImplicitLayer(nn.Module):
 class ImplicitGraphNetwork(nn.Module, ABC):
     """Abstract: implicit layers in_features -> widths[0] -> ..., each with a copy of the equilibrium solver `deq`.
 
-    Inputs of `outputs` and `forward`, as `common.data.graph.GraphDataModule` makes them:
+    Inputs of `outputs` and `forward`, as `common.data.graph.module.GraphDataModule` makes them:
     x         (N, F) node features
     incoming  (N, N) A^T, sparse or dense;  outgoing  (N, N) A in the same layout
     radius    () Perron root of A

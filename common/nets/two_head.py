@@ -1,7 +1,6 @@
 """u(z, t, r | omega, t_min, t_max) and v from a network over noise labels: iMF and pMF with a U-Net or an MLP.
 
-The published networks of the two papers are transformers (`common.nets.mit`, `common.nets.pmf`); this wrapper gives
-other raw networks the same call, for experiments that must run in minutes.
+The published networks of the two papers are transformers (`common.nets.mit`, pMF's `network`); this wrapper gives other raw networks the same call, for experiments that must run in minutes.
 """
 
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor, nn
 
-from common.diffusion import limits
+from common import limits
 from common.errors import UserError
 from common.nets.dit import check_times, told
 from common.nets.inputs import check_choice

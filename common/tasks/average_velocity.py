@@ -6,13 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.diffusion import limits
+from common import limits
 from common.diffusion.guidance import BoundVelocity
 from common.diffusion.jvp import only_shapes
 from common.errors import UserError
 from common.losses.meanflow import Terms
-from common.runtime.generative import GenerativeModule
-from common.runtime.seeding import Draws
+from common.runtime.training.generative import GenerativeModule
+from common.runtime.training.seeding import Draws
 
 
 class Inputs(NamedTuple):

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.data.images import to_unit_range
+from common.data.images.module import to_unit_range
 from common.errors import UserError
 from common.files import atomic
-from common.tasks.equilibrium import EquilibriumModule
+from common.runtime.training.equilibrium import EquilibriumModule
 
 RIGHT, WRONG = (40, 160, 70), (200, 50, 50)  # colours of the frames in the picture
 
@@ -19,7 +19,7 @@ class ImageClassification(EquilibriumModule):
     """Cross-entropy on the classes; evaluated by top-1 and, with more than five classes, top-5 accuracy in percent.
 
     net          equilibrium network: normalised images (B, C, R, R) -> logits (B, num_classes)
-    augment      `common.data.augment` object or None: (images, generator, rank=, world_size=) -> (images, labels);
+    augment      augmentation of images or None: (images, generator, rank=, world_size=) -> (images, labels);
                  training only, the labels are not used
     mean, std    of each channel of images in [0, 1]; the network sees (image - mean) / std
     optimizer, schedule, correction   see `EquilibriumModule`

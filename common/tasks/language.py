@@ -12,8 +12,8 @@ from common.deq.layers import reset
 from common.errors import UserError
 from common.files import write_text
 from common.nets.deq_transformer import Memory
-from common.runtime.seeding import derive_seed
-from common.tasks.equilibrium import EquilibriumModule
+from common.runtime.training.equilibrium import EquilibriumModule
+from common.runtime.training.seeding import derive_seed
 
 STORED = "language_memory"  # key in a checkpoint
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss, MeanFlowLoss
-from common.runtime.module import modes_of, restore_modes, to_device
-from common.runtime.seeding import Draws
+from common.runtime.training.module import modes_of, restore_modes, to_device
+from common.runtime.training.seeding import Draws
 
 
 class LossNoise(Callback):

@@ -7,14 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.data.images import to_unit_range
-from common.data.paired import IGNORE, resized, scaled_size
+from common.data.images.module import to_unit_range
+from common.data.segmentation.augment import IGNORE, resized, scaled_size
 from common.errors import UserError, nearest
 from common.ham.ham import update_bases
 from common.metrics.segmentation import confusion_matrix, segmentation_scores
-from common.nets.context import EMAttention
 from common.optim.groups import bias_and_norm_groups
-from common.runtime.module import ResearchModule
+from common.runtime.training.module import ResearchModule
 from common.tasks.overlays import write_overlays
 from common.tasks.pictures import find_pictures, read_picture, write_classes
 
@@ -127,9 +126,6 @@ class Segmentation(ResearchModule):
     def on_before_optimizer_step(self, optimizer) -> None:
         """Stored bases of the context module follow what the step has found, before a checkpoint looks at them."""
         update_bases(self.net)
-        for part in self.net.modules():
-            if isinstance(part, EMAttention):
-                part.update_bases()
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 

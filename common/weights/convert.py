@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import sha256_file
+from common.targets import EXPORT
 from common.weights import official
 from common.weights.build import build
-from common.weights.export import EXPORT_TARGETS, write_export
+from common.weights.export import write_export
 from common.weights.pickle import Snapshot, read_snapshot
 
 _PRECOND, _UNET = "common.diffusion.precond.", "common.nets.unet."
@@ -114,7 +115,7 @@ def convert(path: str | Path, out_dir: str | Path, *, family: str, key: str = "e
     try:
         tree = network_tree(snapshot)
         with torch.device("meta"):
-            network = build(tree, allowed=EXPORT_TARGETS)
+            network = build(tree, allowed=EXPORT)
         want = {name: value.shape for name, value in network.state_dict().items()}
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

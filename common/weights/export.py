@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import atomic, checksum_path, read_json, verify_checksum, write_checksum, write_json
+from common.targets import EXPORT
 from common.weights.build import build
 from common.weights.load import load_into, load_tensors
 
 FORMAT = "onestep-export-1"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-# An export may come from elsewhere: only networks and samplers, nothing that reads, writes or downloads.
-EXPORT_TARGETS = ("common.nets.", "common.deq.", "common.ham.", "common.diffusion.", "projects.", "torch.nn.")
 
 
 def export(
@@ -42,7 +41,7 @@ def export(
     """
     tensors = module.state_dict()
     with torch.device("meta"):
-        rebuilt = build(network_config, allowed=EXPORT_TARGETS)
+        rebuilt = build(network_config, allowed=EXPORT)
     _compare(tensors, rebuilt)
     return write_export(path_dir, tensors, network_config, meta=meta, sampler=sampler)
 
@@ -175,10 +174,10 @@ def load(path_dir: str | Path, *, device: str = "cpu") -> Exported:
     # Built for real, not on the meta device: buffers that are no part of the weights must hold their values. The
     # initial values are overwritten at once; the user's random stream must not notice.
     with torch.random.fork_rng(devices=[]):
-        net = build(config["network"], allowed=EXPORT_TARGETS)
+        net = build(config["network"], allowed=EXPORT)
     _compare(tensors, net, name=str(folder / WEIGHTS))
     load_into(net, tensors, prefix="", name=str(folder / WEIGHTS))
-    sampler = build(config["sampler"], allowed=EXPORT_TARGETS) if config.get("sampler") else None
+    sampler = build(config["sampler"], allowed=EXPORT) if config.get("sampler") else None
     config.setdefault("meta", {})
     return Exported(net=net.to(device).eval().requires_grad_(False), sampler=sampler, config=config, folder=folder)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.targets import EXPORT
 from common.weights.build import build
 from common.weights.convert import Converted, write_converted
-from common.weights.export import EXPORT_TARGETS
 from common.weights.flax import read_flax
 from common.weights.load import LoadReport, load_into, load_tensors
 from common.weights.official import Release, by_file
@@ -140,7 +140,7 @@ def convert_official(
     if "model" in network and not any(name.startswith("map_augment.") for name in state):
         network["model"] = {**network["model"], "augment_dim": 0}
     with torch.random.fork_rng(devices=[]):
-        net = build(network, allowed=EXPORT_TARGETS)
+        net = build(network, allowed=EXPORT)
     _load(net, state, str(path))
     noise_scale = NOISE_SCALES.get(path.name, 1.0) if noise_scale is None else noise_scale
     return write_converted(

@@ -121,7 +121,7 @@ class LatentDecoder:
     """Latents as a network makes them, (B, c, h, w) normalised, to images (B, 3, H, W) in [-1, 1].
 
     vae         the autoencoder (`SdVae`)
-    mean, std   of the data the network was trained on (`common.data.latents.LatentFolder`): one number, or one per
+    mean, std   of the data the network was trained on (see `LatentFolder`): one number, or one per
                 channel
     batch_size  latents decoded at a time, >= 1; does not change the images beyond rounding
     """

@@ -22,10 +22,10 @@ from common.deq.layer import DEQ
 from common.deq.layers import apply_norm
 from common.deq.solvers import Picard
 from common.errors import UserError
-from common.losses.flow import flow_loss
-from common.nets.raft.network import FlowEquilibrium
-from common.runtime.memory import peak_growth
+from common.runtime.training.memory import peak_growth
+from projects.deq_flow.losses import flow_loss
 from projects.deq_flow.module import DeqFlow
+from projects.deq_flow.raft.network import FlowEquilibrium
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from common.data.flow.padding import Padder
-from common.data.images import to_unit_range
+from common.data.images.module import to_unit_range
 from common.errors import UserError
-from common.losses.flow import flow_loss
-from common.metrics.flow import flow_metrics
-from common.tasks.equilibrium import EquilibriumModule
+from common.runtime.training.equilibrium import EquilibriumModule
+from projects.deq_flow.losses import flow_loss
+from projects.deq_flow.metrics import flow_metrics
 from projects.deq_flow.pictures import Row, write_pairs
 from projects.deq_flow.video import open_clips, write_clip
 
@@ -27,7 +27,7 @@ class DeqFlow(EquilibriumModule):
     `backprop` and as many states as steps.
 
     net             images (B, 3, H, W) in [-1, 1], sides multiples of 8 -> flows (B, 2, H, W) in pixels; see
-                    `common.nets.raft.network.FlowEquilibrium`
+                    `projects.deq_flow.raft.network.FlowEquilibrium`
     crop            [height, width] of a training crop; what planning counts with
     max_flow        pixels that move further (in pixels) do not count in the loss
     freeze_norms    batch normalisation keeps its statistics: True in every stage after FlyingChairs. It stays frozen

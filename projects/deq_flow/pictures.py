@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.data.flow.colours import flow_to_rgb
 from common.files import atomic
-from common.metrics.flow import end_point_error
+from projects.deq_flow.metrics import end_point_error
 
 GAP, LINE, WIDTH = 4, 14, 320  # pixels: between tiles, height of a line of text, width of a tile
 HEADS = ("first frame", "true flow", "estimate", "error")

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from common.data.flow.colours import flow_to_rgb
 from common.data.flow.frames import Frames
-from common.data.folder import SUFFIXES
-from common.data.images import to_unit_range
+from common.data.images.folder import SUFFIXES
+from common.data.images.module import to_unit_range
 from common.errors import UserError
 from common.files import atomic, write_json
-from common.runtime import report
+from common.runtime.verbs import report
 from projects.deq_flow.pictures import largest_motion, tile
 
 RATE = 10.0  # frames per second of what has no rate of its own

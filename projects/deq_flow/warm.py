@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from common.data.flow.frames import Frames
-from common.data.images import to_unit_range
-from common.data.signal_source import Photograph
+from common.data.flow.photographs import BUNDLED, BUNDLED_HELD_OUT, read_photograph
+from common.data.images.module import to_unit_range
 from common.data.source import check_split
-from common.errors import UserError
+from common.errors import UserError, nearest
 from projects.deq_flow.module import DeqFlow
 from projects.deq_flow.video import Follower
 
@@ -93,8 +93,12 @@ class Sequences(pl.LightningDataModule):
 
 def pan(photograph: str, size: list[int], step: list[int], frames: int) -> list[Tensor]:
     """`frames` windows uint8 (3, *size) of a photograph, each `step` [right, down] pixels further; at least two."""
-    values = Photograph(picture=photograph, channels=3).load().values
-    pixels = ((values + 1) * 127.5).round().to(torch.uint8).permute(2, 0, 1)
+    if photograph not in (*BUNDLED, *BUNDLED_HELD_OUT):
+        raise UserError(
+            f"data.pans names the photograph {photograph!r}. {nearest(photograph, (*BUNDLED, *BUNDLED_HELD_OUT))}"
+            f"Choose one of {', '.join((*BUNDLED, *BUNDLED_HELD_OUT))}."
+        )
+    pixels = torch.from_numpy(read_photograph(None, photograph)).permute(2, 0, 1)
     way = [(frames - 1) * pace for pace in (step[1], step[0])]
     if frames < 2 or any(side + abs(moved) > whole for side, moved, whole in zip(size, way, pixels.shape[1:])):
         raise UserError(

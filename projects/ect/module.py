@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.losses.consistency import ConsistencyLoss, stage_of_step
-from common.runtime.generative import GenerativeModule
+from common.runtime.training.generative import GenerativeModule
 
 
 class Ect(GenerativeModule):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from common.runtime.generative import GenerativeModule
+from common.runtime.training.generative import GenerativeModule
 
 
 class Edm(GenerativeModule):
@@ -13,7 +13,7 @@ class Edm(GenerativeModule):
     net        preconditioned network
     loss       `common.losses.denoising` object: (net, y, sigma, eps, ...) -> per-sample loss (B,)
     time       sampler of sigma in data units (`common.diffusion.time`)
-    augment    `common.data.augment.EdmAugment` or None: (images, generator, rank=, world_size=) ->
+    augment    `common.data.images.augment.EdmAugment` or None: (images, generator, rank=, world_size=) ->
                (images, labels)
     optimizer, schedule   see `GenerativeModule`
     """

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from common.deq.layers import reset
 from common.errors import UserError
 from common.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
-from common.runtime.generative import GenerativeModule
+from common.runtime.training.generative import GenerativeModule
 
 
 class HamGan(GenerativeModule):
     """Hinge loss, alternating: every training step moves the discriminator, then the generator against the new one.
 
-    net            `common.nets.sagan.Sagan`: generator and discriminator
+    net            `projects.hamburger.sagan.Sagan`: generator and discriminator
     optimizer      of the generator, partial: parameters -> torch optimiser
     d_optimizer    of the discriminator
     schedule       learning-rate multiplier of both, or None

@@ -13,7 +13,7 @@ from common.data.source import check_split
 from common.errors import UserError
 from common.ham.decompose import Decomposition
 from common.ham.ham import Ham
-from common.runtime.module import ResearchModule
+from common.runtime.training.module import ResearchModule
 
 
 class ScalarBread(nn.Module):

@@ -9,7 +9,7 @@ class PlainBackbone(nn.Module):
     """Images (B, 3, H, W) -> [(B, width, H/2, W/2)] by two 3x3 convolutions, the second of stride 2, each with batch
     normalisation and ReLU.
 
-    A backbone of `common.nets.hamnet.HamNet`, whose squeeze, align and classifier are the other three convolutions.
+    A backbone of `HamNet`, whose squeeze, align and classifier are the other three convolutions.
     """
 
     def __init__(self, *, width: int = 32):

@@ -15,7 +15,7 @@ class MeanFlow(AverageVelocityModule):
     loss         identity, guidance in the target, adaptive weight
     time         sampler of the pair (t, r): `common.diffusion.time.OrderThenMask` or `MaskThenOrder`
     label_drop   `common.diffusion.time.LabelDrop` or None
-    augment      `common.data.augment.EdmAugment` or None
+    augment      `common.data.images.augment.EdmAugment` or None
     optimizer, schedule   see `GenerativeModule`
     """
 

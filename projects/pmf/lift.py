@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.losses.meanflow import ImprovedMeanFlowLoss
-from common.runtime.report import new_figure, save_figure
+from common.runtime.verbs.report import new_figure, save_figure
 from common.tasks.average_velocity import AverageVelocityModule
 
 BANDWIDTHS = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -15,7 +15,7 @@ COLOURS = ("#bbbbbb", "#2b5c8a")
 
 
 class LiftedMeanFlow(AverageVelocityModule):
-    """pMF (arXiv 2601.22158), toy experiment: its loss on points of `common.data.lifted`, without classes.
+    """pMF (arXiv 2601.22158), toy experiment: its loss on points of `projects.pmf.lifted`, without classes.
 
     Metrics over generated points x with the plane A (D, 2), all in units where data have deviation 1 per coordinate:
     off_plane    mean of |x - A A^T x| over the mean of |real point|: 0 for data

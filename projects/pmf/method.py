@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Generator, Tensor, nn
 
-from common.diffusion import limits
+from common import limits
 from common.errors import UserError
 
 

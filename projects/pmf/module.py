@@ -13,7 +13,7 @@ from projects.pmf.method import Perceptual
 class PixelMeanFlow(AverageVelocityModule):
     """pMF (arXiv 2601.22158): the loss of iMF in velocities, the prediction in images, and perceptual terms.
 
-    net          as in iMF, with a prediction of x inside, e.g. `common.nets.pmf.PixelMiT`
+    net          as in iMF, with a prediction of x inside, e.g. `projects.pmf.network.PixelMiT`
     loss         as in iMF; its t_floor must be that of the network
     time         sampler of the pair (t, r)
     omega, interval   samplers of guidance scale and interval, or None: no guidance

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.data.signal_source import Signal
 from common.errors import UserError
-from common.runtime.module import ResearchModule
-from common.tasks.equilibrium import EquilibriumModule
+from common.runtime.training.equilibrium import EquilibriumModule
+from common.runtime.training.module import ResearchModule
 from projects.torchdeq.inr_show import draw, write_gif, write_wav
+from projects.torchdeq.signals import Signal
 
 CHUNK = 65_536  # points per pass when a whole signal is reconstructed
 
@@ -88,7 +88,7 @@ class Inr(SignalTask, EquilibriumModule):
                  reuse). Costs one state per training point, kept in checkpoints; one process only
     reuse_steps  solver steps from a reused state: 0 leaves the gradient steps alone to go on, as the zoo's
                  `skip_solver`; null: as many as the solver needs
-    net          `common.nets.inr.EquilibriumInr`
+    net          `projects.torchdeq.inr_networks.EquilibriumInr`
     optimizer, schedule, correction   see `EquilibriumModule`
     """
 
@@ -155,7 +155,7 @@ class Inr(SignalTask, EquilibriumModule):
 class ExplicitInr(SignalTask, ResearchModule):
     """An explicit network (SIREN, Fourier features) fitted to one signal by mean squared error: the baseline.
 
-    net  `common.nets.inr.Siren` or `FourierFeatureMLP`;  optimizer, schedule   see `ResearchModule`
+    net  `projects.torchdeq.inr_networks.Siren` or `FourierFeatureMLP`;  optimizer, schedule   see `ResearchModule`
     """
 
     def __init__(self, *, net: nn.Module, optimizer: Callable, schedule: Callable | None):

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.data.signal_source import Signal
 from common.files import atomic
+from projects.torchdeq.signals import Signal
 
 ERROR_SCALE = 0.1  # |error| in units of the full range that is drawn white
 

@@ -19,8 +19,8 @@ from common.deq.dropout import VariationalDropout
 from common.deq.layer import DEQ
 from common.deq.layers import apply_norm
 from common.files import write_text
-from common.runtime.launch import quiet, register_resolvers
-from common.tasks.equilibrium import EquilibriumModule
+from common.runtime.cli.launch import quiet, register_resolvers
+from common.runtime.training.equilibrium import EquilibriumModule
 
 REPO = Path(__file__).resolve().parents[2]
 HOME = "projects.made_up_by_the_tests"

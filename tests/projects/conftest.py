@@ -9,10 +9,10 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from common.nets.mlp import MLPDenoiser
-from common.runtime import fit
-from common.runtime.checkpoint import latest_complete
-from common.runtime.launch import quiet, register_resolvers
-from common.runtime.weights import network_tensors
+from common.runtime.cli.launch import quiet, register_resolvers
+from common.runtime.training.checkpoint import latest_complete
+from common.runtime.training.weights import network_tensors
+from common.runtime.verbs import fit
 
 REPO = Path(__file__).resolve().parents[2]
 TWO_STEPS = (

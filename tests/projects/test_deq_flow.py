@@ -16,12 +16,12 @@ from common.deq.layer import DEQ
 from common.deq.solve import solve
 from common.deq.solvers import Picard
 from common.errors import UserError
-from common.losses.flow import flow_loss
-from common.nets.raft.network import FlowEquilibrium, grid
-from common.nets.raft.upsample import convex_upsample
-from common.runtime.module import evaluating
+from common.runtime.training.module import evaluating
 from projects.deq_flow import cost, video, warm
+from projects.deq_flow.losses import flow_loss
 from projects.deq_flow.module import DeqFlow
+from projects.deq_flow.raft.network import FlowEquilibrium, grid
+from projects.deq_flow.raft.upsample import convex_upsample
 from projects.deq_flow.video import Follower, open_clips, steps_needed
 from tools.claim import load_claim
 

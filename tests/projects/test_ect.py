@@ -16,8 +16,8 @@ from common.diffusion.sample import Multistep
 from common.diffusion.time import LogNormal
 from common.errors import UserError
 from common.losses.consistency import ConsistencyLoss
-from common.runtime import fit
-from common.runtime.plan import build_fake
+from common.runtime.verbs import fit
+from common.runtime.verbs.plan import build_fake
 from projects.ect.module import Ect
 
 SD = 0.5

@@ -2,7 +2,7 @@
 
 import torch
 
-from common.runtime.fit import fit_task
+from common.runtime.verbs.fit import fit_task
 
 STEPS = ("project.distill=true", "callbacks.checkpoints.every_n_steps=2", "data.batch_size=32")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.data.augment import EdmAugment
+from common.data.images.augment import EdmAugment
 from common.diffusion.precond import EDMPrecond
 from common.diffusion.sample import Heun
 from common.diffusion.time import LogNormal

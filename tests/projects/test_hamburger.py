@@ -7,8 +7,8 @@ import torch
 
 from common.errors import UserError
 from common.ham.decompose import CD, NMF, VQ
-from common.nets.hamnet import HamNet
-from common.runtime.evaluate import SplitEvaluation
+from common.runtime.verbs.evaluate import SplitEvaluation
+from projects.hamburger.hamnet import HamNet
 from projects.hamburger.recovery import LowRankMatrices, Recovery, ScalarBread, relative_error, truncated
 from projects.hamburger.toy import PlainBackbone
 from tools.claim import load_claim

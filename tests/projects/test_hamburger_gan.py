@@ -11,12 +11,12 @@ from common.deq.layers import reset
 from common.diffusion.sample import Direct, ImageNoise
 from common.errors import UserError
 from common.metrics.images import to_uint8
-from common.runtime import fit, sample
-from common.runtime.checkpoint import list_checkpoints
-from common.runtime.module import to_device
-from common.runtime.plan import fake_training_step
-from common.runtime.seeding import Draws, seed_step
-from common.runtime.weights import network_tensors
+from common.runtime.training.checkpoint import list_checkpoints
+from common.runtime.training.module import to_device
+from common.runtime.training.seeding import Draws, seed_step
+from common.runtime.training.weights import network_tensors
+from common.runtime.verbs import fit, sample
+from common.runtime.verbs.plan import fake_training_step
 from common.weights.export import load
 from projects.hamburger.gan import frozen
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from common.data.augment import EdmAugment
+from common.data.images.augment import EdmAugment
 from common.diffusion.sample import AverageVelocitySteps, FlowEuler, ImageNoise
 from common.diffusion.time import LogitNormal, OrderThenMask
 from common.errors import UserError

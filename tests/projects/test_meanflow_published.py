@@ -7,7 +7,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from common.runtime.launch import register_resolvers
+from common.runtime.cli.launch import register_resolvers
 from common.weights.build import build
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

@@ -9,10 +9,11 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from common.runtime.check import check, read_schema
-from common.runtime.launch import open_sections, register_resolvers
-from common.runtime.plan import fake_training_step
-from common.runtime.sweep import published_number, split_override
+from common.runtime.cli.check import check
+from common.runtime.cli.explain import read_schema
+from common.runtime.cli.launch import open_sections, register_resolvers
+from common.runtime.cli.sweep import published_number, split_override
+from common.runtime.verbs.plan import fake_training_step
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SWEEPS = {path.stem: OmegaConf.load(path).hydra for kind in ("meanflow", "imf")

@@ -11,12 +11,12 @@ from common.diffusion.sample import AverageVelocitySteps, ImageNoise
 from common.diffusion.time import LogitNormal, MaskThenOrder
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss
-from common.nets.pmf import PixelMiT
-from common.runtime import fit
-from common.runtime.launch import register_resolvers
+from common.runtime.cli.launch import register_resolvers
+from common.runtime.verbs import fit
 from common.weights.export import load
 from projects.pmf.method import Perceptual
 from projects.pmf.module import PixelMeanFlow
+from projects.pmf.network import PixelMiT
 
 
 def small() -> PixelMiT:

@@ -5,13 +5,13 @@ from functools import partial
 import pytest
 import torch
 
-from common.data.lifted import LiftedCurve
 from common.diffusion.sample import AverageVelocitySteps
 from common.diffusion.time import LogitNormal, MaskThenOrder
 from common.losses.meanflow import ImprovedMeanFlowLoss
 from common.nets.mlp import MLPDenoiser
 from common.nets.two_head import TwoHeadVelocity
 from projects.pmf.lift import BANDWIDTHS, LiftedMeanFlow, mmd2, off_plane
+from projects.pmf.lifted import LiftedCurve
 
 
 def made(dimension: int, prediction: str = "x") -> LiftedMeanFlow:

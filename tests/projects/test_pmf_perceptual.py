@@ -183,8 +183,8 @@ def test_crops_have_the_published_sizes():
 def small_module():
     from common.diffusion.time import LogitNormal, MaskThenOrder
     from common.losses.meanflow import ImprovedMeanFlowLoss
-    from common.nets.pmf import PixelMiT
     from projects.pmf.module import PixelMeanFlow
+    from projects.pmf.network import PixelMiT
 
     net = PixelMiT(
         img_resolution=8, in_channels=3, patch_size=4, bottleneck=8, width=16, depth=2, num_heads=2, head_depth=1,

@@ -9,13 +9,13 @@ import torch
 from hydra.utils import instantiate
 from PIL import Image
 
-from common.data.signal import SignalDataModule
-from common.data.signal_source import Photograph, Signal
 from common.errors import UserError
-from common.runtime import fit
-from common.runtime.checkpoint import latest_complete
+from common.runtime.training.checkpoint import latest_complete
+from common.runtime.verbs import fit
 from projects.torchdeq.inr import ExplicitInr, Inr
 from projects.torchdeq.inr_show import draw, pixels, psnr, write_gif, write_wav
+from projects.torchdeq.signal_data import SignalDataModule
+from projects.torchdeq.signals import Photograph, Signal
 
 SMALL = (
     "data.source.size=[12,16]", "data.batch_size=192", "project.net.width=24", "evaluate=split",

@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from common.runtime.memory import MIB, resident
+from common.runtime.training.memory import MIB, resident
 from tools import bench
 from tools.benchmarks import ect
 

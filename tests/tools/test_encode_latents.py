@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data.folder import ImageFiles
-from common.data.images import to_unit_range
-from common.data.latent_cache import open_shard, read_index
-from common.data.latents import LatentDataModule, LatentFolder
+from common.data.images.folder import ImageFiles
+from common.data.images.module import to_unit_range
+from common.data.latents.cache import open_shard, read_index
+from common.data.latents.module import LatentDataModule, LatentFolder
 from common.errors import UserError
 from tools import encode_latents
 

@@ -8,7 +8,7 @@ import torch
 from torchvision.models.optical_flow import raft_large, raft_small
 
 from common.weights.export import load
-from common.weights.flow import official_state
+from projects.deq_flow.weights import official_state
 from tools import import_weights
 
 RECORD = json.loads((Path(__file__).parents[1] / "fixtures" / "nets" / "deq_flow_zoo.json").read_text())

@@ -115,7 +115,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys):
 def test_a_released_name_says_its_network(tmp_path):
     for family, file, target, key, value in (
         ("imf", "iMF-XL-2.pth", "common.nets.mit.MiT", "depth", 48),
-        ("pmf", "pMF-H-32.pt", "common.nets.pmf.PixelMiT", "patch_size", 32),
+        ("pmf", "pMF-H-32.pt", "projects.pmf.network.PixelMiT", "patch_size", 32),
         ("meanflow", "checkpoint-last.pth", "common.nets.average_velocity.AverageVelocity", "times", ["t", "t-r"]),
     ):
         tree = import_weights.network_of(Namespace(family=family, file=tmp_path / file, net=None, set=[]))

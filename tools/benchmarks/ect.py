@@ -72,7 +72,7 @@ def make(variant: str, options: argparse.Namespace):
 
 def our_step(*words: str, batch: int, backend: str | None = None) -> "OurStep":
     """The step of `python -m projects.run +experiment=ect_cifar10 <words>`. backend: of torch.compile."""
-    from common.runtime.speed import apply_speed
+    from common.runtime.training.speed import apply_speed
 
     cfg = compose(*words)
     module = build(cfg)
@@ -84,7 +84,7 @@ def compose(*words: str):
     """The configuration of `python -m projects.run +experiment=ect_cifar10 <words>`."""
     import hydra
 
-    from common.runtime.launch import register_resolvers
+    from common.runtime.cli.launch import register_resolvers
 
     register_resolvers()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -136,7 +136,7 @@ class OurStep:
     def __init__(self, module: nn.Module, cfg, *, batch: int):
         from hydra.utils import instantiate
 
-        from common.runtime.guard import NonFiniteGuard
+        from common.runtime.training.guard import NonFiniteGuard
 
         self.module, self.autocast = module, cfg.trainer.precision == "bf16-mixed"
         self.batch = {"image": images(module, batch), "label": torch.zeros(batch, dtype=torch.long)}

@@ -8,9 +8,9 @@ import torch
 from common.deq.layer import DEQ
 from common.deq.solvers import Picard
 from common.errors import UserError
-from common.nets.raft.correlation import AllPairs, OnDemand
-from common.nets.raft.network import grid
 from projects.deq_flow.cost import VARIANTS, build, training_step
+from projects.deq_flow.raft.correlation import AllPairs, OnDemand
+from projects.deq_flow.raft.network import grid
 
 SAYS = """\
 One random pair, random weights, size base (5.2 M parameters) with weight normalisation.

@@ -17,8 +17,8 @@ from common.errors import UserError
 from common.ham.burger import Hamburger
 from common.ham.decompose import CD, NMF, VQ
 from common.ham.ham import Ham
-from common.nets.context import DoubleAttention, EMAttention, NonLocal, PyramidPooling
-from common.runtime import report
+from common.runtime.verbs import report
+from projects.hamburger.context import DoubleAttention, EMAttention, NonLocal, PyramidPooling
 
 SAYS = """\
 Modules from (B, C, H, W) to the same shape, C channels inside and out, one batch of random non-negative features.
@@ -26,7 +26,7 @@ Modules from (B, C, H, W) to the same shape, C channels inside and out, one batc
   textbook nmf    the Hamburger block around NMF as in the paper, restated here: every product and quotient a new
                   tensor, the first codes with a product of their own; one-step gradient
   ham nmf|vq|cd   common.ham: Hamburger v1 (1x1 convolution, ReLU for NMF, ham, 1x1 convolution), one-step gradient
-  a2, ema, psp    common.nets.context: double attention, EMANet's unit, pyramid pooling
+  a2, ema, psp    projects.hamburger.context: double attention, EMANet's unit, pyramid pooling
 No module has a norm. A case "core" has neither convolutions nor shortcut: attention of the features with themselves,
 and the decompositions alone; `bptt` differentiates all steps. forward is without autograd, training is forward and
 backward. gmac: 10^9 multiply-adds of the matrix products and convolutions of a forward pass, counted (FlopCounterMode);

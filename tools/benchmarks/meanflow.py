@@ -135,7 +135,7 @@ def configuration(name: str):
     import hydra
     from omegaconf import OmegaConf
 
-    from common.runtime.launch import register_resolvers
+    from common.runtime.cli.launch import register_resolvers
 
     register_resolvers()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

@@ -2,7 +2,7 @@
 RAFT (arXiv 2003.12039) as its origin: colours, then rectangles erased, then scale, stretch, mirror and crop.
 
 A sample is a dict: first and second uint8 (3, H, W), flow float32 (2, H, W) in pixels, valid float32 (H, W) 0 or 1.
-Every augmentation is a pure function of (random numbers, sample); `draw` is a `common.data.paired.PositionDraws`.
+Every augmentation is a pure function of (random numbers, sample); `draw` is a `PositionDraws`.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as colour
 
-from common.data.paired import PositionDraws
+from common.data.draws import PositionDraws
 from common.errors import UserError
 
 Sample = dict[str, Tensor]

@@ -9,7 +9,7 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 
 from common.data.flow.files import read_image
-from common.data.folder import SUFFIXES
+from common.data.images.folder import SUFFIXES
 from common.data.source import UNREADABLE
 from common.errors import UserError, nearest
 

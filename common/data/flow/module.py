@@ -1,7 +1,7 @@
 """The data module of optical flow: mixtures of data sets in given shares, exact restart, evaluation sets by name.
 
 Which pairs a run sees and how they are augmented depends on (seed, pairs seen so far) and on nothing else, as in
-`common.data.images`.
+`common.data.images.module`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from common.data.draws import PositionDraws
 from common.data.flow.pairs import FlowPairs, FlowSource, stack
-from common.data.images import to_unit_range
-from common.data.paired import PositionDraws
+from common.data.images.module import to_unit_range
 from common.data.restart import Batches, CountedBatches, RestartingDataModule
-from common.data.sampler import check_batch_size
-from common.data.segmentation import EqualSizes
+from common.data.sampler import EqualSizes, check_batch_size
 from common.data.source import check_split
 from common.errors import UserError
 

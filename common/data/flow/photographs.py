@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common.data.folder import SUFFIXES
+from common.data.images.folder import SUFFIXES
 from common.data.source import UNREADABLE
 from common.errors import UserError
 
@@ -82,7 +82,7 @@ class PhotographList:
         if number not in self._levels:
             while len(self._levels) >= KEPT:
                 self._levels.popitem(last=False)
-            full = torch.from_numpy(_read(*self.names[number])).permute(2, 0, 1).float().contiguous()
+            full = torch.from_numpy(read_photograph(*self.names[number])).permute(2, 0, 1).float().contiguous()
             levels = [full]
             for _ in range(2):
                 small = F.avg_pool2d(levels[-1], 2) if min(levels[-1].shape[1:]) >= 16 else levels[-1]
@@ -120,8 +120,12 @@ def _pictures(place: Path) -> list[str]:
     return sorted(names)
 
 
-def _read(place: Path | None, name: str) -> np.ndarray:
-    """uint8 (H, W, 3), no side longer than LONGEST."""
+def read_photograph(place: Path | None, name: str) -> np.ndarray:
+    """uint8 (H, W, 3), no side longer than LONGEST.
+
+    place  a folder, a zip, or None for the photographs inside scikit-image
+    Raises UserError naming a photograph that cannot be read.
+    """
     try:
         if place is None:
             from skimage import data

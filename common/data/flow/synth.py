@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.data.draws import PositionDraws
 from common.data.flow.photographs import Photographs
-from common.data.paired import PositionDraws
 from common.data.source import check_split
 from common.errors import UserError
 

@@ -14,7 +14,7 @@ from common.deq.layer import DEQ
 from common.deq.layers import apply_norm, reset
 from common.deq.regular import JacobianPenalty
 from common.deq.solvers import Picard
-from common.runtime.ema import averaged
+from common.runtime.training.ema import averaged
 
 KINDS = ("weight", "spectral")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.data.digits import digits_split
+from common.data.images.digits import digits_split
 from common.errors import UserError
 from common.metrics.evaluate import GeneratorEvaluation
 from common.metrics.features import DigitsClassifier, Pixels

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common.data.digits import digits_split
+from common.data.images.digits import digits_split
 from common.errors import UserError
 from common.metrics import features
 from common.metrics.features import (

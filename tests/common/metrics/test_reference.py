@@ -120,8 +120,8 @@ def test_split_of_a_data_module():
 
 
 def test_the_real_data_module_fits():
-    from common.data.digits import Digits, digits_split
-    from common.data.images import ImageDataModule
+    from common.data.images.digits import Digits, digits_split
+    from common.data.images.module import ImageDataModule
 
     reference = SplitImages(data=ImageDataModule(source=Digits()), split="test")
     assert reference.name == "digits/test" and len(reference.fingerprint) == 16

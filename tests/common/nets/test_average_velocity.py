@@ -9,8 +9,8 @@ from common.nets.average_velocity import AverageVelocity
 from common.nets.dit import DiT
 from common.nets.mit import MiT
 from common.nets.mlp import MLPDenoiser
-from common.nets.pmf import PixelMiT
 from common.nets.unet import SongUNet
+from projects.pmf.network import PixelMiT
 
 IMAGE = dict(img_resolution=8, in_channels=3, label_dim=4)
 UNET = dict(IMAGE, out_channels=3, channel_mult=[1, 2], model_channels=16, num_blocks=1, attn_resolutions=[4],

@@ -9,8 +9,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from common.runtime.launch import register_resolvers
-from common.weights.build import build, resolve
+from common.runtime.cli.launch import register_resolvers
+from common.targets import resolve
+from common.weights.build import build
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 NAMES = sorted(p.stem for kind in ("meanflow", "dit", "mit", "pmf") for p in (CONF / "net").glob(f"{kind}_*.yaml"))

@@ -16,10 +16,10 @@ import torch
 from common.nets.average_velocity import AverageVelocity
 from common.nets.dit import DiT
 from common.nets.mit import MiT
-from common.nets.pmf import PixelMiT
 from common.nets.unet import SongUNet
 from common.weights.load import load_into
 from common.weights.meanflow import official_state
+from projects.pmf.network import PixelMiT
 
 RECORD = json.loads((Path(__file__).parents[2] / "fixtures" / "nets" / "meanflow_official.json").read_text())
 

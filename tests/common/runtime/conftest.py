@@ -6,8 +6,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from common.runtime import fit
-from common.runtime.launch import quiet, register_resolvers
+from common.runtime.cli.launch import quiet, register_resolvers
+from common.runtime.verbs import fit
 
 REPO = Path(__file__).resolve().parents[3]
 SMALL = (

@@ -10,9 +10,9 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch import nn
 
-from common.data.augment import CropFlip
-from common.data.digits import Digits
-from common.data.images import ImageDataModule
+from common.data.images.augment import CropFlip
+from common.data.images.digits import Digits
+from common.data.images.module import ImageDataModule
 from common.deq.correction import Correction
 from common.deq.grads import Unrolled
 from common.deq.layer import DEQ
@@ -20,8 +20,8 @@ from common.deq.solvers import Picard
 from common.errors import UserError
 from common.nets.conv_deq import ConvDEQ
 from common.nets.mdeq import MDEQ
-from common.runtime.launch import register_resolvers
-from common.runtime.module import evaluating
+from common.runtime.cli.launch import register_resolvers
+from common.runtime.training.module import evaluating
 from common.tasks.classification import RIGHT, WRONG, ImageClassification, write_predictions
 
 CONF = Path(__file__).resolve().parents[3] / "conf"

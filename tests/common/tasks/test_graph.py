@@ -10,19 +10,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from common.data.chains import Chains
-from common.data.graph import GraphDataModule
+from common.data.graph.module import GraphDataModule
 from common.deq.correction import Correction
 from common.deq.grads import Backprop, Implicit, Unrolled
 from common.deq.layer import DEQ
 from common.deq.solvers import Picard
 from common.errors import UserError
 from common.nets.ignn import IgnnGraph, IgnnNode, IgnnSkip
-from common.runtime import fit
-from common.runtime.checkpoint import list_checkpoints
-from common.runtime.launch import register_resolvers
-from common.runtime.module import evaluating
+from common.runtime.cli.launch import register_resolvers
+from common.runtime.training.checkpoint import list_checkpoints
+from common.runtime.training.module import evaluating
+from common.runtime.verbs import fit
 from common.tasks.graph import GraphClassification, class_table, label_table, principal_axes
+from projects.torchdeq.chains import Chains
 
 
 def module(net=None, loss: str = "cross_entropy", **options) -> GraphClassification:

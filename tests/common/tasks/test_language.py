@@ -8,15 +8,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from common.data.corpus import Bytes, PlainText
-from common.data.text import TextDataModule
+from common.data.text.corpus import Bytes, PlainText
+from common.data.text.module import TextDataModule
 from common.deq.grads import Unrolled
 from common.deq.layer import DEQ
 from common.deq.layers import apply_norm
 from common.deq.solvers import Picard
 from common.errors import UserError
 from common.nets.deq_transformer import DEQTransformer
-from common.runtime.guard import PerStepSeed
+from common.runtime.training.guard import PerStepSeed
 from common.tasks.language import STORED, Language, choose
 
 
@@ -218,7 +218,7 @@ def test_published_settings_of_the_sheet(repo):
     """torchdeq.md and phantom_grad.md, read from the composed configurations."""
     from hydra import compose, initialize_config_dir
 
-    from common.runtime.launch import register_resolvers
+    from common.runtime.cli.launch import register_resolvers
 
     register_resolvers()
     with initialize_config_dir(str(repo / "conf"), version_base="1.3"):

@@ -10,7 +10,7 @@ from torch import nn
 from common.diffusion.time import LogitNormal, OrderThenMask
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss, MeanFlowLoss
-from common.runtime.seeding import Draws
+from common.runtime.training.seeding import Draws
 from common.tasks.loss_noise import LossNoise, Moments
 from projects.meanflow.module import MeanFlow
 

@@ -15,10 +15,10 @@ from torch import nn
 from common.errors import UserError
 from common.ham.burger import Hamburger
 from common.ham.decompose import NMF
-from common.nets.context import EMAttention
-from common.runtime.launch import register_resolvers
-from common.runtime.module import evaluating
+from common.runtime.cli.launch import register_resolvers
+from common.runtime.training.module import evaluating
 from common.tasks.segmentation import Segmentation
+from projects.hamburger.context import EMAttention
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 SGD = functools.partial(torch.optim.SGD, lr=0.1, weight_decay=1e-4)

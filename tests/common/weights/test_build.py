@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.weights.build import build, resolve
+from common.targets import resolve
+from common.weights.build import build
 
 
 def test_builds_a_nested_tree():

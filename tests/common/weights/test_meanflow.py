@@ -8,9 +8,9 @@ from common.errors import UserError
 from common.nets.average_velocity import AverageVelocity
 from common.nets.dit import DiT
 from common.nets.mit import MiT
-from common.nets.pmf import PixelMiT
 from common.nets.unet import SongUNet
 from common.weights.meanflow import RELEASES, load_official, official_state
+from projects.pmf.network import PixelMiT
 
 SIZES = dict(img_resolution=8, in_channels=3, patch_size=4, label_dim=4, width=16, depth=2, num_heads=2)
 HEADS = dict(SIZES, head_depth=1, v_depth=1)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import functional as colour
 
+from common.data.draws import PositionDraws
 from common.data.flow.augment import (
     ColourAugment,
     DenseAugment,
@@ -16,7 +17,6 @@ from common.data.flow.augment import (
     resample,
     resample_sparse,
 )
-from common.data.paired import PositionDraws
 from common.errors import UserError
 
 H, W = 96, 128

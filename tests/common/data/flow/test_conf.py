@@ -7,8 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from common.data.flow.module import FlowData
-from common.runtime.check import check, locate
-from common.runtime.fit import instantiate
+from common.runtime.cli.check import check
+from common.runtime.verbs.fit import instantiate
+from common.targets import resolve
 
 # name: (crop, batch, {training set: (weight, min_scale, max_scale, flip)}, evaluation sets); sheet and released code
 PUBLISHED = {
@@ -51,9 +52,9 @@ def targets(node):
 def test_keys_are_the_signature(repo, name):
     config = composed(repo, name)
     check(config)
-    assert locate(config.data._target_) is FlowData
+    assert resolve(config.data._target_) is FlowData
     for node in targets(config.data):
-        assert keys(node) == set(inspect.signature(locate(node._target_)).parameters), node._target_
+        assert keys(node) == set(inspect.signature(resolve(node._target_)).parameters), node._target_
     data = instantiate(config.data)
     assert data.name == name and data.crop == tuple(config.data.crop)
 

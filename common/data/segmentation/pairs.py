@@ -1,0 +1,221 @@
+"""Pictures with masks, read and checked pair by pair: whatever is wrong is said in one sentence naming the file."""
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.data.segmentation.augment import IGNORE
+from common.data.segmentation.palette import Palette
+from common.data.source import UNREADABLE
+from common.errors import UserError
+
+FORBIDDEN = -1  # in a label table: no mask may hold this value
+ARCHIVE_SEPARATOR = ":"
+
+
+class SegmentationSource(Protocol):
+    """Where a segmentation set lies and how it is read. Making one touches no file; `check` and `load` do."""
+
+    name: str
+    class_names: tuple[str, ...]
+    palette: Palette
+    splits: tuple[str, ...]
+
+    def check(self) -> None:
+        """Whether the files of every split are there, each picture with its mask. Raises UserError."""
+
+    def load(self, split: str) -> "Pairs":
+        """The pairs of the split; nothing is decoded yet. Raises UserError naming what is missing."""
+
+
+def label_table(classes: Sequence[int] | dict[int, int], void: Sequence[int] = (IGNORE,)) -> np.ndarray:
+    """int16 (256,): the class of every value a mask may hold, 255 for void ones, FORBIDDEN for all others.
+
+    classes  values of classes 0, 1, ... in a mask, or value -> class
+    """
+    table = np.full(256, FORBIDDEN, dtype=np.int16)
+    pairs = classes.items() if isinstance(classes, dict) else ((value, label) for label, value in enumerate(classes))
+    for value, label in pairs:
+        table[value] = label
+    table[list(void)] = IGNORE
+    return table
+
+
+class Pairs:
+    """The pictures and masks of one split.
+
+    name     of the data set, for messages
+    images   paths of the pictures, or member names when `archive` is given
+    masks    the same of the masks, in the same order: PNGs of one channel, or SBD's .mat files
+    table    see `label_table`
+    archive  zip that holds both, None for files
+
+    Raises UserError when there is no pair.
+    """
+
+    def __init__(
+        self, *, name: str, images: list[str], masks: list[str], table: np.ndarray, archive: Path | None = None
+    ):
+        if not images:
+            raise UserError(f"{name} holds no pictures. Check data.root and the list of the split.")
+        self.name, self.images, self.masks, self.table, self.archive = name, images, masks, table, archive
+        self._zips: dict[int, zipfile.ZipFile] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Picture uint8 (3, H, W) and mask uint8 (H, W), classes and 255. Raises UserError naming a file that cannot be
+        read, a mask of another size than its picture, or one with a value that is no class."""
+        place, mask = self.where(self.images[index]), self.mask(index)
+        try:
+            with Image.open(io.BytesIO(self._bytes(self.images[index]))) as picture:
+                image = np.array(picture.convert("RGB"))
+        except (*UNREADABLE, Image.DecompressionBombError) as error:
+            raise self._damaged("picture", place, error) from error
+        if image.shape[:2] != tuple(mask.shape):
+            raise UserError(
+                f"{self.name}: the mask {self.where(self.masks[index])} is {mask.shape[1]}x{mask.shape[0]}, its "
+                f"picture {place} {image.shape[1]}x{image.shape[0]}. Put the mask that belongs to the picture there."
+            )
+        return torch.from_numpy(image).permute(2, 0, 1), mask
+
+    def mask(self, index: int) -> Tensor:
+        """The mask of `read` alone."""
+        place = self.where(self.masks[index])
+        try:
+            values = self._values(index)
+        except (*UNREADABLE, NotImplementedError, Image.DecompressionBombError) as error:
+            raise self._damaged("mask", place, error) from error
+        if values.ndim != 2 or values.dtype.kind not in "ui":
+            raise UserError(
+                f"{self.name}: the mask {place} is a colour picture ({values.dtype} {values.shape}); masks hold one "
+                "class number per pixel. Replace it by the data set's mask with 8-bit numbers or a palette."
+            )
+        labels = self.table[np.clip(values, 0, 255)]
+        if labels.min(initial=0) < 0 or values.max(initial=0) > 255:
+            wrong = labels == FORBIDDEN if labels.min() < 0 else values > 255
+            row, column = np.argwhere(wrong)[0].tolist()
+            raise UserError(
+                f"{self.name}: the mask {place} holds the value {values[row, column]} in row {row}, column {column}, "
+                f"which is no class; allowed are {_ranges(np.flatnonzero(self.table >= 0))}. Replace that mask."
+            )
+        return torch.from_numpy(labels.astype(np.uint8))
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of a picture, from the head of its file. Raises UserError as `read`."""
+        place = self.where(self.images[index])
+        try:
+            with Image.open(io.BytesIO(self._bytes(self.images[index])) if self.archive else place) as picture:
+                return picture.height, picture.width
+        except (*UNREADABLE, Image.DecompressionBombError) as error:
+            raise self._damaged("picture", place, error) from error
+
+    def where(self, name: str) -> str:
+        """A file's path, or `<zip>:<member>`."""
+        return f"{self.archive}{ARCHIVE_SEPARATOR}{name}" if self.archive else name
+
+    def fingerprint(self) -> str:
+        """16 hex digits: names with sizes and, in a zip, checksums; reading every file would take minutes."""
+        digest = hashlib.sha256(self.table.tobytes())
+        for name in (*self.images, *self.masks):
+            digest.update(f"{Path(name).name} {self._mark(name)}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_zips": {}}
+
+    def _mark(self, name: str) -> str:
+        if self.archive is None:
+            return str(os.stat(name).st_size)
+        info = self._zip().getinfo(name)
+        return f"{info.file_size}-{info.CRC:08x}"
+
+    def _values(self, index: int) -> np.ndarray:
+        name = self.masks[index]
+        if name.endswith(".mat"):  # SBD: a struct with one field of interest
+            from scipy.io import loadmat
+
+            return np.asarray(loadmat(name)["GTcls"][0]["Segmentation"][0])
+        with Image.open(io.BytesIO(self._bytes(name))) as picture:
+            return np.array(picture)
+
+    def _bytes(self, name: str) -> bytes:
+        return self._zip().read(name) if self.archive else Path(name).read_bytes()
+
+    def _zip(self) -> zipfile.ZipFile:
+        # one handle per process: a file position shared with a forked worker would be read from two places
+        process = os.getpid()
+        if process not in self._zips:
+            self._zips[process] = zipfile.ZipFile(self.archive)
+        return self._zips[process]
+
+    def _damaged(self, what: str, place: str, error: Exception) -> UserError:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return UserError(f"{self.name}: the {what} {place} cannot be read ({reason}). Put an intact copy there.")
+
+
+def check_pairs(pairs: Pairs, count: int | None) -> None:
+    """Reads `count` pairs, evenly spaced over the split; None: all of them. Raises UserError as `Pairs.read`."""
+    wanted = len(pairs) if count is None else min(count, len(pairs))
+    for number in range(wanted):
+        pairs.read(number * len(pairs) // wanted)
+
+
+def require_files(name: str, pairs: list[tuple[str, str]], listed: str) -> None:
+    """Every picture and mask of `pairs` exists; folders are listed once, so that 20,000 files take moments.
+
+    listed  where the names come from. Raises UserError naming the first missing file and how many are.
+    """
+    folders: dict[str, set[str]] = {}
+
+    def missing(path: str) -> bool:
+        folder, file = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        return file not in folders[folder]
+
+    for what, other, column in (("mask", "picture", 1), ("picture", "mask", 0)):
+        gone = [pair for pair in pairs if missing(pair[column])]
+        if gone:
+            raise UserError(
+                f"{name}: the {what} {gone[0][column]} of the {other} {gone[0][1 - column]} is missing ({len(gone)} of "
+                f"{len(pairs)} are). Put it there, or check {listed}."
+            )
+
+
+def read_names(path: Path, name: str, fix: str) -> list[str]:
+    """The names in a split file, one a line. Raises UserError when it is missing, unreadable, empty or repeats one."""
+    try:
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise UserError(f"{name}: the split file {path} {what}. {fix}") from error
+    if not names:
+        raise UserError(f"{name}: the split file {path} is empty. {fix}")
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise UserError(f"{name}: the split file {path} names {twice} twice. {fix}")
+    return names
+
+
+def require_folder(path: Path, name: str, fix: str) -> Path:
+    """`path` itself. Raises UserError when it is no folder."""
+    if not path.is_dir():
+        raise UserError(f"{name} not found: {path} is not a folder. {fix}")
+    return path
+
+
+def _ranges(values: np.ndarray) -> str:
+    """0, 1, 2, 5 as "0..2, 5"."""
+    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)

@@ -1,0 +1,175 @@
+"""From a composed configuration to one of the verbs. No torch import here: `--help` and refusals must be instant."""
+
+import hashlib
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from common.errors import UserError, nearest, user_error
+
+VERBS = ("fit", "test", "sample", "export", "plan")
+
+# Overrides that change what is done with a run, not the run itself: the same training may be continued, evaluated and
+# sampled under any of them, so they do not enter the run's name.
+NEUTRAL = (
+    "task", "seed", "resume", "run.", "paths.", "sample.", "sampler@sample", "evaluate.", "evaluate=", "logger",
+    "table", "callbacks", "published", "plan.", "hydra", "trainer.max_steps", "trainer.devices", "trainer.num_nodes",
+    "trainer=", "trainer.accelerator", "trainer.strategy", "trainer.enable_progress_bar", "trainer.log_every_n_steps",
+    "data.root", "data.num_workers", "speed.threads", "debug", "+debug", "+experiment", "experiment", "needs.",
+    "init.hint", "sampler@evaluate", "guidance=",
+)
+
+
+def run_name(seed, overrides) -> str:
+    """`seed0`, or `seed0-1a2b3c` when overrides change the result of the experiment."""
+    changing = sorted(o for o in overrides if not o.lstrip("+~").startswith(NEUTRAL) and not o.startswith(NEUTRAL))
+    digest = hashlib.sha256("\n".join(changing).encode()).hexdigest()[:6]
+    return f"seed{seed}" + (f"-{digest}" if changing else "")
+
+
+def register_resolvers() -> None:
+    """OmegaConf resolvers used by conf/config.yaml. Idempotent."""
+
+    def hydra_value(path: str, default):
+        from hydra.core.hydra_config import HydraConfig
+
+        if not HydraConfig.initialized():
+            return default
+        return OmegaConf.select(HydraConfig.instance().cfg, path, default=default)
+
+    def experiment_name() -> str:
+        return str(hydra_value("hydra.runtime.choices.experiment", "none")).replace("/", "_")
+
+    OmegaConf.register_new_resolver("experiment_name", experiment_name, replace=True)
+    OmegaConf.register_new_resolver("count", len, replace=True)  # of a list
+    OmegaConf.register_new_resolver(
+        "run_name", lambda seed: run_name(seed, list(hydra_value("hydra.overrides.task", []))), replace=True
+    )
+
+
+def help_text(conf: Path) -> str:
+    """What `python -m projects.run --help` prints: verbs, experiments with their first comment line, where to look."""
+    rows = []
+    for path in sorted((conf / "experiment").glob("*.yaml")):
+        lines = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("# ")]
+        rows.append(f"  {path.stem:<28} {next((line for line in lines if not line.startswith('@')), '')}")
+    sections = sorted(p.name for p in conf.iterdir() if p.is_dir())
+    return "\n".join([
+        "usage: python -m projects.run +experiment=<name> [task=<verb>] [key=value ...] [-m]",
+        "",
+        "  task=fit      train, or continue the newest complete checkpoint (default)",
+        "  task=test     the paper's metrics beside the published numbers",
+        "  task=sample   what the network makes: images (grid, PNGs, npz), predictions, text, reconstructions",
+        "  task=export   safetensors + configuration that load without Hydra",
+        "  task=plan     parameters, FLOPs and memory, without allocating anything",
+        "  -m            sweep over comma-separated values; table and plot at the end",
+        "  --cfg job     print the composed configuration; --hydra-help for the rest of Hydra",
+        "",
+        "experiments (conf/experiment):",
+        *rows,
+        "",
+        f"config groups (conf/): {', '.join(sections)}",
+        "every key can be overridden: data.batch_size=64 trainer=gpu logger=wandb project.optimizer.lr=3e-4",
+    ])
+
+
+def explain(error: Exception, conf: Path) -> tuple[str | None, int]:
+    """(one sentence, exit code) for an exception that a user's input caused; (None, 1) for a fault of the program."""
+    from hydra.errors import InstantiationException
+
+    from common.runtime.cli.explain import explain_hydra_error, is_composition_error
+
+    refusal = user_error(error)
+    if refusal is not None:
+        return _with_section(str(refusal), error), refusal.exit_code
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        cause = error.__cause__  # a constructor of a library refused: its words, and where they belong
+        known = isinstance(cause, ValueError) or type(cause).__name__ == "MisconfigurationException"
+        return (_with_section(" ".join(str(cause).split()), error), 2) if known else (None, 1)
+    if is_composition_error(error):
+        return explain_hydra_error(error, conf), 2
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename} is not writable. Choose another folder with paths.outputs=<folder>.", 2
+    making_folders = error.__traceback__ is not None and traceback.extract_tb(error.__traceback__)[-1].name == "mkdir"
+    if isinstance(error, OSError) and error.filename and (error.errno in (17, 20, 28, 30) or making_folders):
+        return f"Cannot write {error.filename}: {error.strerror}. Choose another folder with paths.outputs=<folder>.", 2
+    return None, 1
+
+
+def _with_section(sentence: str, error: BaseException | None) -> str:
+    """The sentence, led by the section Hydra was building (`project.net: ...`) unless it names that section itself."""
+    while error is not None:
+        found = re.search(r"^full_key: (\S+)", str(error), re.MULTILINE)
+        if found:
+            section = found.group(1)
+            return sentence if section.split(".")[0] + "." in sentence else f"{section}: {sentence}"
+        error = error.__cause__ or error.__context__
+    return sentence
+
+
+def open_sections(schema: dict) -> dict:
+    """The schema with the sections whose keys are names a user chooses left open."""
+    from common.runtime.cli.check import OPEN
+
+    return {**schema, "needs": OPEN, "table": OPEN, "published": OPEN}
+
+
+def quiet() -> None:
+    """Keep Lightning's advertisements and notes on its own internals out of the output; warnings about the run stay."""
+    import logging
+    import warnings
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*isinstance.treespec, LeafSpec.*", ".*no .validation_step.*",
+        ".*broadcast_buffers. is deprecated.*", ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists.*", ".*lightning.pytorch.*litlogger.*",
+    ):  # fmt: skip
+        warnings.filterwarnings("ignore", message=message)
+
+
+def is_sweep() -> bool:
+    """True inside a job of `-m`."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def launch(cfg: DictConfig):
+    """Check the configuration, then run its verb. Returns the value a sweep optimises, or None."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if cfg.task not in VERBS:
+        raise UserError(
+            f"task={cfg.task} is not a verb. {nearest(str(cfg.task), VERBS)}Set task to one of: {', '.join(VERBS)}."
+        )
+    if HydraConfig.initialized():  # the folder Hydra made is the run folder, also inside a sweep
+        OmegaConf.update(cfg, "run.dir", HydraConfig.get().runtime.output_dir)
+        choices = HydraConfig.get().runtime.choices
+        OmegaConf.update(cfg, "run.experiment", str(choices.get("experiment") or "none").replace("/", "_"))
+    if cfg.speed.threads:
+        os.environ["OMP_NUM_THREADS"] = str(cfg.speed.threads)
+    quiet()
+
+    from common.runtime.cli.check import check
+    from common.runtime.cli.explain import read_schema
+
+    conf = Path(__file__).resolve().parents[3] / "conf"
+    check(cfg, schema=open_sections(read_schema(conf)))
+    run_dir = Path(cfg.run.dir)
+    if not os.access(run_dir if run_dir.exists() else run_dir.parent, os.W_OK):
+        raise UserError(f"{run_dir} is not writable. Choose another folder with paths.outputs=<folder>.")
+
+    import importlib
+
+    verb = {"fit": "fit", "test": "test", "sample": "sample", "export": "fit", "plan": "plan"}[cfg.task]
+    module = importlib.import_module(f"common.runtime.{verb}")
+    result = getattr(module, f"{cfg.task}_task")(cfg)
+    sys.stdout.flush()
+    return result

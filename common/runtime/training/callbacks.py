@@ -1,0 +1,176 @@
+"""Callbacks that show a run: throughput, progress, pictures."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from common.errors import UserError
+from common.files import atomic
+
+# Dense bf16 matrix peak in TFLOP/s, from the vendors' data sheets.
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0, "V100": 125.0}
+
+
+class Throughput(Callback):
+    """Logs `perf/<unit>_per_s`, say images, and, when the device's peak is known, `perf/mfu` (model-FLOPs utilisation).
+
+    FLOPs of one optimiser step are counted once, by `plan`, on the first logged step. Kept out of the
+    exact-restart guarantee: it measures wall-clock time.
+    """
+
+    def __init__(self, *, every_n_steps: int = 50, peak_tflops: float | None = None):
+        self.every_n_steps = every_n_steps
+        self.peak_tflops = peak_tflops
+        self.flops_per_step: float | None = None  # set by the runtime when it is known
+        self.images_per_s = float("nan")  # or whatever the module counts
+        self._started: tuple[float, int] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.peak_tflops is None and torch.cuda.is_available():
+            name = torch.cuda.get_device_name()
+            self.peak_tflops = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+        self._started = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if self._started is None:
+            self._started = (time.perf_counter(), step)  # the first step pays for warm-up
+            return
+        before, from_step = self._started
+        if step - from_step < self.every_n_steps:
+            return
+        seconds = time.perf_counter() - before
+        self.images_per_s = (step - from_step) * pl_module.images_per_step / seconds
+        values = {f"perf/{unit_of(pl_module)}_per_s": self.images_per_s}
+        if self.flops_per_step and self.peak_tflops:
+            rate = self.flops_per_step * (step - from_step) / seconds
+            values["perf/mfu"] = rate / (self.peak_tflops * 1e12 * trainer.world_size)
+        pl_module.log_dict(values)
+        self._started = (time.perf_counter(), step)
+
+
+def unit_of(module) -> str:
+    """What a batch of the module is made of, in words."""
+    return getattr(module, "unit", "images")
+
+
+class Progress(Callback):
+    """A live bar on a terminal, a line every `every_n_steps` elsewhere: step, loss, images/s and the latest metric."""
+
+    def __init__(self, *, every_n_steps: int = 200):
+        if every_n_steps < 1:
+            raise UserError(f"callbacks.progress.every_n_steps must be >= 1, got {every_n_steps}.")
+        self.every_n_steps = every_n_steps
+        self.latest: dict[str, float] = {}  # what an evaluation wants shown beside the loss
+        self._bar = None
+        self._task = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[values]}"),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=trainer.max_steps, completed=trainer.global_step, values="")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        every = 20 if self._bar else self.every_n_steps
+        if not trainer.is_global_zero or (step % every and step != trainer.max_steps):
+            return
+        text = self._text(trainer, outputs, unit_of(pl_module))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, values=text)
+        else:
+            print(f"  step {step:>7}/{trainer.max_steps}  {text}", flush=True)
+
+    def _text(self, trainer: Trainer, outputs, unit: str) -> str:
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        parts = [f"loss {float(loss):.4g}"] if loss is not None else []
+        speed = next((c.images_per_s for c in trainer.callbacks if isinstance(c, Throughput)), float("nan"))
+        if speed == speed:
+            parts.append(f"{speed:,.0f} {unit}/s")
+        parts += [f"{name} {value:.4g}" for name, value in self.latest.items()]
+        return "  ".join(parts)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class SampleGrid(Callback):
+    """Draws what the network does every N optimiser steps and at the end, always of the same samples.
+
+    The module's `preview` writes `<folder>/step-<n>.png`, or several files in a folder `<folder>/step-<n>`. The
+    sampler, the average and the seed are those of the `sample` section, handed over by the runtime within `draw`.
+    """
+
+    def __init__(self, *, folder: str, every_n_steps: int | None = 5000, samples: int = 64):
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError(f"callbacks.pictures.every_n_steps must be >= 1 or null, got {every_n_steps}.")
+        if samples < 1:
+            raise UserError(f"callbacks.pictures.samples must be >= 1, got {samples}.")
+        self.folder = Path(folder)
+        self.every_n_steps = every_n_steps
+        self.samples = samples
+        self.draw = None  # (stem, samples) -> files written; set by the runtime
+        self._done = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._done = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self._draw(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
+        if self.draw is None or trainer.global_step == self._done or not trainer.is_global_zero:
+            return
+        self._done = trainer.global_step
+        self.draw(self.folder / f"step-{trainer.global_step:08d}", self.samples)
+
+
+def write_grid(path, images: Tensor, *, columns: int | None = None) -> Path:
+    """One PNG with all `images` (N, C, H, W; float in [-1, 1] or uint8) in rows with a gap between them.
+
+    Small images are enlarged, without smoothing, so that a tile is at least 48 pixels wide.
+    """
+    from PIL import Image
+
+    from common.metrics.images import to_uint8
+
+    path = Path(path)
+    tiles = to_uint8(images.detach().cpu() if images.dtype == torch.uint8 else images.detach().float().cpu())
+    count, channels = tiles.shape[:2]
+    scale, gap = max(1, -(-48 // tiles.shape[3])), 2
+    tiles = tiles.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    tiles = torch.nn.functional.pad(tiles, (gap, 0, gap, 0), value=128)
+    columns = columns or max(1, round(count**0.5))
+    rows = -(-count // columns)
+    grid = torch.full((rows * columns, *tiles.shape[1:]), 128, dtype=torch.uint8)
+    grid[:count] = tiles
+    grid = grid.view(rows, columns, *tiles.shape[1:]).permute(0, 3, 1, 4, 2)
+    array = grid.reshape(rows * tiles.shape[2], columns * tiles.shape[3], channels)
+    array = torch.nn.functional.pad(array, (0, 0, 0, gap, 0, gap), value=128).numpy()
+    with atomic(path) as temporary:
+        Image.fromarray(array[..., 0] if channels == 1 else array[..., :3]).save(temporary, format="PNG")
+    return path

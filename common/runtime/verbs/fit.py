@@ -1,0 +1,389 @@
+"""`task=fit`: needs, refusals, restart, training, evaluation, export, tables. And `task=export`."""
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from common.errors import UserError, user_error
+from common.files import write_json, write_text
+from common.runtime.cli import needs as companions
+from common.runtime.cli.lock import only_run
+from common.runtime.training.callbacks import Progress, SampleGrid, Throughput
+from common.runtime.training.checkpoint import SafeCheckpointIO, latest_complete, list_checkpoints
+from common.runtime.training.ema import WeightAverages, averaged, choose_average
+from common.runtime.training.logger import MetricsCSV
+from common.runtime.training.module import ResearchModule, evaluating
+from common.runtime.training.solver_health import equilibria
+from common.runtime.training.speed import apply_speed
+from common.runtime.training.weights import find_init, initialise, trained_weights
+from common.runtime.verbs.evaluate import Evaluation, EvaluationCurve, SplitEvaluation
+from common.runtime.verbs.plan import micro_batch, world_size
+from common.runtime.verbs.report import comparison_table, environment, plot_curves, show, write_result
+from common.weights.export import export
+
+# What decides the weights of a run. A folder that holds another run under these is not continued.
+IDENTITY = (
+    "project", "ema", "seed", "data.batch_size", "data.seed", "data.shuffle", "data.xflip", "data.source",
+    "data.normalise", "data.radius", "init.average", "trainer.precision", "trainer.gradient_clip_val",
+    "trainer.accumulate_grad_batches",
+)  # fmt: skip
+
+PLACES = ("root", "cache_dir")  # where data lie, which may move
+
+
+@dataclass
+class Assembled:
+    """The objects of one run."""
+
+    cfg: DictConfig
+    plain: dict
+    folder: Path
+    data: LightningDataModule
+    module: ResearchModule
+    sampler: Callable | None  # that of the sample section; modules that generate no images leave it alone
+    evaluation: Evaluation | SplitEvaluation | None  # None for verbs that measure nothing
+
+
+def instantiate(node):
+    """Hydra's instantiate with plain Python containers; a refusal inside a constructor keeps its sentence."""
+    import hydra
+
+    return hydra.utils.instantiate(node, _convert_="all")
+
+
+def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
+    """Build what a verb needs, cheapest refusal first: batch size, data files, then the network."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    if training:
+        micro_batch(cfg.data.batch_size, world_size(cfg), cfg.trainer.accumulate_grad_batches)
+    data = instantiate(cfg.data)
+    without_data = cfg.evaluate.get("statistics") and not cfg.evaluate.get("floor")  # task=test then reads none
+    if training or (measuring and not without_data):
+        data.check()
+    if training and not plain["needs"] and not list_checkpoints(Path(cfg.run.dir) / "checkpoints"):
+        find_init(cfg.init.file, cfg.init.hint)
+    sampler = instantiate(cfg.sample.sampler)
+    evaluation = build_evaluation(cfg, training=training) if measuring else None
+    if torch.cuda.is_available() and cfg.speed.tf32:
+        torch.set_float32_matmul_precision("high")
+    if cfg.speed.threads:
+        torch.set_num_threads(cfg.speed.threads)
+    torch.manual_seed(cfg.seed)
+    module = instantiate(cfg.project)
+    module.seed = cfg.seed
+    module.images_per_step = cfg.data.batch_size
+    if module.uses_sampler:
+        module.picture_sampler = sampler
+        module.decoder = build_decoder(cfg, needed=training or measuring)
+    if evaluation:
+        evaluation.check(module, data)
+    if training and not module.automatic_optimization:
+        _check_manual(cfg)
+    apply_speed(module, cfg)
+    return Assembled(cfg, plain, Path(cfg.run.dir), data, module, sampler, evaluation)
+
+
+def build_decoder(cfg: DictConfig, *, needed: bool):
+    """What turns a network's latents into images, None where it makes images itself.
+
+    needed  raise UserError now when its files are not there, instead of at the first image
+    """
+    decoder = instantiate(cfg.decoder) or None
+    if needed and decoder is not None:
+        decoder.check()
+    return decoder
+
+
+def _check_manual(cfg: DictConfig) -> None:
+    """Raises UserError for what a module that alternates between its optimisers cannot have."""
+    if cfg.trainer.accumulate_grad_batches != 1 or cfg.trainer.gradient_clip_val is not None:
+        raise UserError(
+            "This experiment alternates between two optimisers: set trainer.accumulate_grad_batches=1 and "
+            "trainer.gradient_clip_val=null. For large batches use more processes."
+        )
+    if OmegaConf.select(cfg, "trainer.strategy.find_unused_parameters") is False:
+        raise UserError(
+            "This experiment alternates between two optimisers, and each backward pass reaches the parameters of one: "
+            "set trainer.strategy.find_unused_parameters=true."
+        )
+
+
+def build_evaluation(cfg: DictConfig, *, training: bool) -> Evaluation | SplitEvaluation:
+    """The evaluation of a configuration.
+
+    A missing extractor file is no reason not to train: the run says so at the start and goes on without metrics
+    (`task=test` measures them later). Every other verb refuses.
+    """
+    if not cfg.evaluate.get("extractors"):
+        return instantiate(cfg.evaluate)
+    without = cfg.evaluate.copy()
+    without.extractors = {}
+    nothing_measured = instantiate(without)  # refuses what is wrong with the section itself
+    try:
+        return instantiate(cfg.evaluate)
+    except Exception as error:
+        refusal = user_error(error)
+        if not training or refusal is None:
+            raise
+        print(f"note: no metrics in this run, measure later with task=test: {refusal}", flush=True)
+        return nothing_measured
+
+
+def prepare_folder(run: Assembled, overrides: list[str]) -> Path | None:
+    """Make the run folder self-explaining and find the checkpoint to continue from.
+
+    Raises UserError when the folder holds a run with other settings; `resume=never` puts that run's checkpoints aside.
+    """
+    folder, resume = run.folder, run.cfg.resume
+    checkpoints = folder / "checkpoints"
+    if resume == "never" and list_checkpoints(checkpoints):
+        number = 1 + len(list(folder.glob("checkpoints.old-*")))
+        shutil.move(checkpoints, folder / f"checkpoints.old-{number}")
+        print(f"Starting over: the earlier checkpoints are kept in {folder / f'checkpoints.old-{number}'}")
+    if resume not in ("auto", "never"):
+        start = Path(resume)
+        if not start.is_file():
+            raise UserError(f"resume={resume} is no checkpoint file. Use resume=auto, resume=never or a step-*.ckpt.")
+    else:
+        start = latest_complete(checkpoints)
+    stored = folder / "config.yaml"
+    if start is not None and stored.is_file():
+        _refuse_other_run(OmegaConf.load(stored), OmegaConf.create(run.plain), folder)
+    write_text(stored, OmegaConf.to_yaml(OmegaConf.create(run.plain)))
+    write_text(folder / "overrides.yaml", OmegaConf.to_yaml(overrides))
+    write_json(folder / "environment.json", environment())
+    return start
+
+
+def _refuse_other_run(old: DictConfig, new: DictConfig, folder: Path) -> None:
+    for key in IDENTITY:
+        before, after = (_flat(OmegaConf.select(c, key), key) for c in (old, new))
+        for name in sorted(before.keys() | after.keys()):
+            if name.split(".")[-1] in PLACES:
+                continue
+            if before.get(name) != after.get(name):
+                raise UserError(
+                    f"{folder} holds a run with other settings: {name} was {before.get(name)}, is {after.get(name)}. "
+                    f"Choose another folder with run.dir=<folder>, or start over with resume=never."
+                )
+
+
+def _flat(node, prefix: str) -> dict:
+    if not OmegaConf.is_config(node):
+        return {prefix: node}
+    items = node.items() if OmegaConf.is_dict(node) else enumerate(node)
+    return {k: v for key, child in items for k, v in _flat(child, f"{prefix}.{key}").items()}
+
+
+def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
+    """Lightning's Trainer with our checkpoint files, averages and callbacks in their order."""
+    cfg, module = run.cfg, run.module
+    averages = instantiate(cfg.ema)
+    for wanted in (cfg.evaluate.average, cfg.sample.average):
+        choose_average(dict.fromkeys(averages.profiles), wanted)  # refuse now, not after the last step
+    callbacks = {name: instantiate(node) for name, node in (cfg.callbacks or {}).items() if node is not None}
+    progress = next((c for c in callbacks.values() if isinstance(c, Progress)), None)
+    ordered = [averages, *callbacks.values()]
+    if run.evaluation:
+        ordered.insert(1, EvaluationCurve(run.evaluation, run.data, averages, progress))
+    for callback in ordered:
+        if isinstance(callback, SampleGrid):
+
+            def draw(stem: Path, count: int) -> list[Path]:
+                weights = choose_average(averages.averages, cfg.sample.average)
+                with averaged(module, weights), evaluating(module):
+                    module.refresh()
+                    return module.preview(run.data, stem, samples=count, seed=cfg.sample.seed)
+
+            callback.draw = draw
+        known = not equilibria(module.net)  # a solver that stops early costs less than the plan: no utilisation then
+        if isinstance(callback, Throughput) and known and (callback.peak_tflops or torch.cuda.is_available()):
+            from common.runtime.verbs.plan import make_plan
+
+            callback.flops_per_step = make_plan(cfg).flops_per_step
+    loggers = [MetricsCSV(path=str(run.folder / "metrics.csv"))]
+    loggers += [instantiate(node) for node in (cfg.logger or {}).values() if node is not None]
+    trainer = instantiate_trainer(cfg, callbacks=ordered, logger=loggers, default_root_dir=str(run.folder))
+    return trainer, averages
+
+
+def instantiate_trainer(cfg: DictConfig, **objects) -> Trainer:
+    """The trainer section with objects passed in; SLURM, fork or spawn details are Lightning's."""
+    import hydra
+
+    return hydra.utils.instantiate(
+        cfg.trainer, _convert_="all", log_every_n_steps=_logging_interval(cfg), plugins=[SafeCheckpointIO()],
+        enable_checkpointing=True, **objects,
+    )  # fmt: skip
+
+
+def _logging_interval(cfg: DictConfig) -> int:
+    """Steps between two logged rows: a run shorter than the interval still logs its last step."""
+    every, steps = cfg.trainer.log_every_n_steps, cfg.trainer.max_steps
+    return min(every, steps) if steps > 0 else every
+
+
+def fit_task(cfg: DictConfig) -> float | None:
+    """Train (or continue), evaluate, export; returns the sweep objective: the first metric of the evaluation."""
+    overrides = task_overrides()
+    run = assemble(cfg, training=True, measuring=True)
+    results = {
+        name: companions.ensure(name, need, seed=cfg.seed, paths=run.plain["paths"])
+        for name, need in (run.plain["needs"] or {}).items()
+    }
+    started = time.perf_counter()
+    with only_run(run.folder):
+        start = prepare_folder(run, overrides)
+        init = find_init(cfg.init.file, cfg.init.hint) if start is None else None
+        if init is not None:
+            report = initialise(run.module.net, init, cfg.init.average)
+            print(f"Initial weights: {init} ({report.loaded} tensors)")
+        trainer, averages = build_trainer(run)
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.start_at(_step_of(start) if start else 0)
+        before = _earlier_seconds(run.folder) if start else 0.0
+        if trainer.is_global_zero:
+            action = f"continuing {start.name}" if start else "training"
+            print(f"{action}: {cfg.run.experiment} to step {trainer.max_steps} in {run.folder}")
+        try:
+            trainer.fit(run.module, datamodule=run.data, ckpt_path=str(start) if start else None, weights_only=True)
+        except SystemExit as leaving:  # Lightning's answer to Ctrl-C outside the steps
+            if isinstance(leaving.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from leaving
+            raise
+        finally:
+            with suppress(UserError):  # a full disk has been reported by then
+                if trainer.is_global_zero:
+                    write_json(run.folder / "seconds.json", {"training": before + time.perf_counter() - started})
+        return finish(run, trainer, averages, results, overrides, started, before)
+
+
+def finish(
+    run: Assembled, trainer: Trainer, averages: WeightAverages, results: dict, overrides, started, before
+) -> float | None:
+    """Everything after the last step: metrics, export, curves, result.json and the closing table."""
+    cfg, module = run.cfg, run.module
+    objective = None
+    trained = time.perf_counter() - started + before
+    metrics: dict = {}
+    with averaged(module, choose_average(averages.averages, cfg.evaluate.average)):
+        if run.evaluation:
+            if trainer.is_global_zero:
+                print("evaluating", flush=True)
+            metrics = {f"test/{k}": v for k, v in run.evaluation.run(module, run.data, say=_say(trainer)).items()}
+        if trainer.is_global_zero:
+            metrics.update({f"test/{k}": v for k, v in run.evaluation.floor(run.data).items()} if metrics else {})
+            write_export(run, step=trainer.global_step, average=cfg.evaluate.average)
+    if not trainer.is_global_zero:
+        return None
+    values = {name: record.value for name, record in metrics.items()}
+    for logger in trainer.loggers:
+        if values:
+            logger.log_metrics(values, step=max(trainer.global_step - 1, 0))
+        logger.save()
+    objective = next(iter(values.values()), _last_loss(trainer))
+    for callback in trainer.callbacks:  # what was seen on the way: `results`, name -> number
+        metrics.update(getattr(callback, "results", dict)())
+    pictures = plot_curves(run.folder / "metrics.csv", run.folder / "pictures")
+    write_result(
+        run.folder, experiment=cfg.run.experiment, task=cfg.task, overrides=overrides, seed=cfg.seed,
+        step=trainer.global_step, wall_time_s=trained, metrics=metrics, objective=objective,
+    )  # fmt: skip
+    if run.plain["table"] and metrics:
+        measured = {name: {"value": value} for name, value in values.items()}
+        own = {"metrics": measured, "step": trainer.global_step, "wall_time_s": trained}
+        print_closing_table(run, own, results)
+    newest = sorted((run.folder / "pictures").glob("step-*"))[-1:]
+    for what, path in [*(("samples", p) for p in newest), *(("curve", p) for p in pictures)]:
+        print(f"{what}: {path}")
+    print(f"weights: {run.folder / 'export'}\nrun folder: {run.folder}")
+    close(trainer.loggers)
+    return objective
+
+
+def close(loggers: list) -> None:
+    """Flush every logger, and end the wandb run: the next run of a sweep may live in this same process."""
+    for logger in loggers:
+        logger.finalize("success")
+        end = getattr(logger.experiment, "finish", None)
+        if end is not None:
+            end()
+
+
+def print_closing_table(run: Assembled, own: dict, results: dict) -> None:
+    """The rows of `table`: this run beside the runs it needed, each number read from a result record."""
+    rows = []
+    for row in run.plain["table"]:
+        source = own if row["run"] == "self" else results.get(row["run"])
+        if source is None:
+            raise UserError(f"table row '{row['label']}' names run '{row['run']}', which is not in needs.")
+        line = {"model": row["label"]}
+        for column, metric in row["metrics"].items():
+            found = source["metrics"].get(metric)
+            line[column] = show(found["value"]) if found else "-"
+        if row.get("training", True):
+            line |= {"training steps": source["step"], "seconds": round(source["wall_time_s"])}
+        rows.append(line)
+    for path in comparison_table(rows, run.folder, title=run.cfg.run.experiment):
+        print(f"table: {path}")
+
+
+def write_export(run: Assembled, *, step: int, average: str) -> Path:
+    """`<run>/export`: the network's weights as they are now, and the trees that rebuild it without Hydra."""
+    facts = environment()
+    return export(
+        run.folder / "export",
+        run.module.net,
+        run.plain["project"]["net"],
+        sampler=run.plain["sample"]["sampler"] if run.module.uses_sampler else None,
+        meta={
+            "experiment": run.cfg.run.experiment, "seed": run.cfg.seed, "step": step, "average": average,
+            "commit": facts["commit"], "dirty": facts["dirty"], "published": run.plain["published"],
+            **run.module.export_facts(),
+        },
+    )  # fmt: skip
+
+
+def export_task(cfg: DictConfig) -> None:
+    """Write the chosen average of the newest checkpoint as safetensors + configuration."""
+    run = assemble(cfg, training=False, measuring=False)
+    source = trained_weights(
+        run.module, run.folder, resume=cfg.resume, init_file=cfg.init.file, average=cfg.evaluate.average
+    )
+    folder = write_export(run, step=source["step"], average=source["average"])
+    print(f"exported {source['average']} weights of {source['file']} to {folder}")
+
+
+def task_overrides() -> list[str]:
+    """What the user typed, or nothing outside Hydra's own entry."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _say(trainer: Trainer):
+    return (lambda text: print(text, flush=True)) if trainer.is_global_zero else None
+
+
+def _step_of(path: Path) -> int:
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
+def _last_loss(trainer: Trainer) -> float | None:
+    loss = trainer.callback_metrics.get("train/loss")
+    return None if loss is None else float(loss)
+
+
+def _earlier_seconds(folder: Path) -> float:
+    from common.files import read_json
+
+    path = folder / "seconds.json"
+    return float(read_json(path)["training"]) if path.is_file() else 0.0

@@ -1,0 +1,123 @@
+"""Throughput, progress and pictures."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from common.runtime.training import callbacks
+from common.runtime.training.callbacks import Progress, SampleGrid, Throughput, write_grid
+from common.runtime.verbs import fit
+
+
+class Module:
+    images_per_step = 100
+
+    def __init__(self):
+        self.logged = []
+
+    def log_dict(self, values) -> None:
+        self.logged.append(values)
+
+
+class Trainer:
+    is_global_zero, world_size, global_step, max_steps = True, 2, 0, 6
+
+    def __init__(self, *callbacks):
+        self.callbacks = list(callbacks)
+
+
+def test_throughput_counts_images_over_the_clock(monkeypatch):
+    """One step takes 2 s of a fake clock: 100 images a step are 50 images/s; 1 TFLOP a step on 2 devices of 1 TFLOP/s
+    is a quarter of their peak."""
+    clock = [0.0]
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: clock[0])
+    measure, trainer, module = Throughput(every_n_steps=2, peak_tflops=1.0), Trainer(), Module()
+    measure.flops_per_step = 1e12
+    measure.on_train_start(trainer, module)
+    for step in range(1, 6):
+        clock[0] += 100.0 if step == 1 else 2.0  # warm-up does not count
+        trainer.global_step = step
+        measure.on_train_batch_end(trainer, module, None, None, 0)
+    assert module.logged == [{"perf/images_per_s": 50.0, "perf/mfu": 0.25}] * 2
+
+
+def test_without_a_known_peak_there_is_no_utilisation(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    measure, trainer, module = Throughput(every_n_steps=1), Trainer(), Module()
+    measure.flops_per_step = 1e12
+    measure.on_train_start(trainer, module)
+    for trainer.global_step in (1, 2):
+        measure.on_train_batch_end(trainer, module, None, None, 0)
+    assert [list(values) for values in module.logged] == [["perf/images_per_s"]]
+
+
+def test_a_gpu_is_recognised_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    measure = Throughput()
+    measure.on_train_start(Trainer(), Module())
+    assert measure.peak_tflops == 312.0
+
+
+def test_progress_prints_lines_with_loss_speed_and_the_metric(capsys):
+    speed = Throughput()
+    speed.images_per_s = 1234.5
+    progress = Progress(every_n_steps=2)
+    trainer = Trainer(speed, progress)
+    progress.on_train_start(trainer, None)
+    progress.latest = {"val/fd": 3.25}
+    for trainer.global_step in range(1, 7):
+        progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(0.5)}, None, 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[-1].split() == ["step", "6/6", "loss", "0.5", "1,234", "images/s", "val/fd", "3.25"]
+    with pytest.raises(UserError, match=r"callbacks.progress.every_n_steps must be >= 1, got 0"):
+        Progress(every_n_steps=0)
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(callbacks.sys.stdout, "isatty", lambda: True, raising=False)
+    progress = Progress()
+    trainer = Trainer(progress)
+    progress.on_train_start(trainer, None)
+    try:
+        trainer.global_step = trainer.max_steps
+        progress.on_train_batch_end(trainer, None, torch.tensor(0.5), None, 0)
+        task = progress._bar.tasks[0]
+        assert task.completed == 6 and "loss 0.5" in task.fields["values"]
+    finally:
+        progress.on_exception(trainer, None, RuntimeError())
+    assert progress._bar is None
+
+
+def test_pictures_every_n_steps_and_at_the_end(composed, tmp_path):
+    fit.fit_task(composed(
+        tmp_path / "run", "trainer.max_steps=5",
+        "callbacks.pictures={_target_: common.runtime.training.callbacks.SampleGrid, folder: ${run.dir}/pictures,"
+        "every_n_steps: 2, samples: 5}",
+    ))  # fmt: skip
+    names = sorted(p.name for p in (tmp_path / "run/pictures").glob("step-*.png"))
+    assert names == [f"step-{n:08d}.png" for n in (2, 4, 5)]
+
+
+@pytest.mark.parametrize(("options", "field"), [({"every_n_steps": 0}, "every_n_steps"), ({"samples": 0}, "samples")])
+def test_settings_out_of_range(options, field):
+    with pytest.raises(UserError, match=rf"callbacks.pictures.{field} must be >= 1"):
+        SampleGrid(folder="x", **options)
+
+
+def test_tiles_stand_in_reading_order(tmp_path):
+    """Five tiles of constant grey in two rows of three, enlarged to 48 pixels, with gaps of 2."""
+    tones = torch.linspace(-1, 1, 5)
+    path = write_grid(tmp_path / "grid.png", tones[:, None, None, None].expand(5, 1, 8, 8), columns=3)
+    array = np.asarray(Image.open(path))
+    assert array.shape == (2 * 50 + 2, 3 * 50 + 2)
+    centres = array[25::50, 25::50].reshape(-1)
+    assert centres[:5].tolist() == [0, 64, 128, 191, 255] and centres[5] == 128
+    assert (array[:2] == 128).all() and (array[:, 50:52] == 128).all()
+    colour = torch.zeros(2, 3, 40, 40)
+    colour[1, 0] = 1.0
+    array = np.asarray(Image.open(write_grid(tmp_path / "colour.png", colour)))
+    assert array.shape[2] == 3 and array.shape[1] >= 40 and array[..., 0].max() == 255
