@@ -123,10 +123,10 @@ def current(target: str) -> str:
     parts = target.split(".")
     for cut in range(len(parts), 1, -1):
         moved = MOVED.get(".".join(parts[:cut]))
-        # a package may have the name of a module that moved into it: `common.data.images.module.X` is a present path
-        if moved is not None and not f"{target}.".startswith(f"{moved}."):
-            if cut == len(parts) - 1 or cut == len(parts):
-                return ".".join([moved, *parts[cut:]])
+        # A package may have the name of a module that moved into it. So only a name directly below an old module is
+        # an old path: common.data.images.X moved, common.data.images.cifar.X is the present path.
+        if moved is not None and cut >= len(parts) - 1 and not f"{target}.".startswith(f"{moved}."):
+            return ".".join([moved, *parts[cut:]])
     return target
 
 

@@ -62,17 +62,28 @@ MISTAKES = {
     "typo in a choice": ([TINY, "data=digts"], "data=digts does not exist", "Closest: digits"),
     "wrong type": ([TINY, "trainer.max_steps=abc"], "trainer.max_steps must be an integer, got 'abc'"),
     "wrong type of a number": ([TINY, "project.optimizer.lr=fast"], "project.optimizer.lr must be a number", "'fast'"),
-    "missing data root": (["+experiment=edm_cifar10", "data.root=/no/such/place"], "CIFAR-10 not found",
-                          "/no/such/place", "data.root"),
+    "missing data root": (
+        ["+experiment=edm_cifar10", "data.root=/no/such/place"],
+        "CIFAR-10 not found",
+        "/no/such/place",
+        "data.root",
+    ),
     "batch size 0": ([TINY, "data.batch_size=0"], "data.batch_size must be >= 1, got 0"),
     "batch size below 0": ([TINY, "data.batch_size=-8"], "data.batch_size must be >= 1, got -8"),
     "batch that cannot be split": ([TINY, "trainer.accumulate_grad_batches=3"], "Choose a multiple of 3"),
     "no samples": ([TINY, "task=sample", "sample.samples=0"], "sample.samples must be >= 1, got 0"),
     "no samples to measure": ([TINY, "evaluate.samples=0"], "evaluate.samples must be >= 1, got 0"),
-    "negative sigma of the network": (["+experiment=ect_tiny", "needs=null", "table=[]", "init.file=null",
-                                       "project.net.sigma_min=-1"], "project.net", "negative sigma", "got -1"),
-    "negative sigma of the sampler": ([TINY, "sample.sampler.sigma_max=-1", *QUICK[2:], "evaluate=none"],
-                                      "sample.sampler", "sigma_max must be > 0, got -1"),
+    "negative sigma of the network": (
+        ["+experiment=ect_tiny", "needs=null", "table=[]", "init.file=null", "project.net.sigma_min=-1"],
+        "project.net",
+        "negative sigma",
+        "got -1",
+    ),
+    "negative sigma of the sampler": (
+        [TINY, "sample.sampler.sigma_max=-1", *QUICK[2:], "evaluate=none"],
+        "sample.sampler",
+        "sigma_max must be > 0, got -1",
+    ),
     "negative sigma of the data": ([TINY, "project.net.sigma_data=-0.5"], "project.net", "sigma_data must be > 0"),
     "negative learning rate": ([TINY, *QUICK, "project.optimizer.lr=-1"], "project.optimizer", "learning rate: -1"),
     "decay above 1": ([TINY, "ema.profiles.ema.decay=2"], "ema.profiles.ema", "decay must be >= 0 and <= 1, got 2"),
@@ -81,14 +92,22 @@ MISTAKES = {
     "negative steps": ([TINY, *QUICK, "trainer.max_steps=-5"], "trainer", "max_steps", "-5"),
     "nothing trained": ([TINY, "task=sample"], "No trained weights in", "task=fit", "init.file="),
     "nothing to measure": ([TINY, "task=test", "evaluate=none"], "Nothing to measure"),
-    "weights missing": (["+experiment=ect_tiny", "needs=null", "table=[]", "init.file=/no/such/export",
-                         "evaluate=none"], "Initial weights /no/such/export do not exist",
-                        "python -m projects.run +experiment=edm_tiny"),
+    "weights missing": (
+        ["+experiment=ect_tiny", "needs=null", "table=[]", "init.file=/no/such/export", "evaluate=none"],
+        "Initial weights /no/such/export do not exist",
+        "python -m projects.run +experiment=edm_tiny",
+    ),
     "wrong type that others refer to": (["+experiment=ect_tiny", "trainer.max_steps=abc"], "trainer.max_steps must be"),
-    "a mistake that would show only after the teacher": (["+experiment=ect_tiny", "sample.sampler.sigma_max=-1"],
-                                                         "sample.sampler", "sigma_max must be > 0, got -1"),
-    "a place that cannot be made": ([TINY, *QUICK, "paths.outputs=/proc/nowhere"], "Cannot write /proc/nowhere",
-                                    "paths.outputs=<folder>"),
+    "a mistake that would show only after the teacher": (
+        ["+experiment=ect_tiny", "sample.sampler.sigma_max=-1"],
+        "sample.sampler",
+        "sigma_max must be > 0, got -1",
+    ),
+    "a place that cannot be made": (
+        [TINY, *QUICK, "paths.outputs=/proc/nowhere"],
+        "Cannot write /proc/nowhere",
+        "paths.outputs=<folder>",
+    ),
     "resume from nowhere": ([TINY, "resume=nowhere.ckpt"], "resume=nowhere.ckpt is no checkpoint file"),
 }
 
@@ -114,9 +133,7 @@ def test_published_weights_missing(cli, data_root, tmp_path):
 def test_a_mistake_inside_an_experiment_file(cli, tmp_path):
     folder = tmp_path / "conf/experiment"
     folder.mkdir(parents=True)
-    (folder / "typo_key.yaml").write_text(
-        "# @package _global_\ndefaults: [edm_tiny, _self_]\ntrainer: {max_step: 3}\n"
-    )
+    (folder / "typo_key.yaml").write_text("# @package _global_\ndefaults: [edm_tiny, _self_]\ntrainer: {max_step: 3}\n")
     (folder / "typo_type.yaml").write_text(
         "# @package _global_\ndefaults: [edm_tiny, _self_]\nproject: {net: {model: {width: wide}}}\n"
     )

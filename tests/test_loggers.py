@@ -37,5 +37,5 @@ def test_many_writes_tensorboard_events_and_an_offline_wandb_run(loggers, tmp_pa
         logger.finalize("success")
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
     built["wandb"].experiment.finish()
-    run, = (tmp_path / "wandb").glob("offline-run-*")
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(run.glob("*.wandb"))

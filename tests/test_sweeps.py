@@ -40,7 +40,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
 ])  # fmt: skip
 def test_two_runs_one_table_one_plot(words, tmp_path):
     done = run(tmp_path, *words, "-m")
-    table, = tmp_path.rglob("table.csv")
+    (table,) = tmp_path.rglob("table.csv")
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["3", "3"]
@@ -59,7 +59,7 @@ def test_tensorboard_and_wandb_offline_in_a_real_run(tmp_path):
     done = run(tmp_path, "logger=many", f"run.dir={tmp_path}/run", "trainer.log_every_n_steps=1")
     events = list((tmp_path / "run/tensorboard").glob("events.out.tfevents.*"))
     assert sum(p.stat().st_size for p in events) > 100
-    logged, = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    (logged,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
     assert logged.stat().st_size > 500
     assert b"train/loss" in b"".join(p.read_bytes() for p in events)
     with open(tmp_path / "run/metrics.csv", newline="") as file:

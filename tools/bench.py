@@ -50,6 +50,7 @@ def load(name: str) -> ModuleType:
 # ---------------------------------------------------------------------------------------------------------------------
 # Time
 
+
 def interleave(steps: Mapping[str, Callable], case: str, repeats: int, say: Callable = print) -> dict[str, list[dict]]:
     """Records {"wall", "cpu", **facts} per variant: all variants once, then all again in reverse order, and so on.
 
@@ -80,14 +81,16 @@ def summarise(records: Mapping[str, Sequence[Mapping]]) -> list[dict]:
     for name, own in records.items():
         ratios = [mine["wall"] / theirs["wall"] for mine, theirs in zip(own, baseline)]
         low, high = quartiles(ratios)
-        rows.append({
-            "variant": name,
-            "step s": statistics.median(r["wall"] for r in own),
-            "ratio": statistics.median(ratios),
-            "quartiles": "" if own is baseline else f"{low:.3f} - {high:.3f}",
-            "cpu ratio": sum(r["cpu"] for r in own) / sum(r["cpu"] for r in baseline),
-            **{fact: statistics.mean(r[fact] for r in own) for fact in own[0] if fact not in ("wall", "cpu")},
-        })
+        rows.append(
+            {
+                "variant": name,
+                "step s": statistics.median(r["wall"] for r in own),
+                "ratio": statistics.median(ratios),
+                "quartiles": "" if own is baseline else f"{low:.3f} - {high:.3f}",
+                "cpu ratio": sum(r["cpu"] for r in own) / sum(r["cpu"] for r in baseline),
+                **{fact: statistics.mean(r[fact] for r in own) for fact in own[0] if fact not in ("wall", "cpu")},
+            }
+        )
     return rows
 
 
@@ -101,6 +104,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
+
 
 def measure_memory(step: Callable, case: str) -> float:
     """By how many MiB the process grows, at its peak, over what it held before the first step."""
@@ -117,14 +121,17 @@ def memory_of(arguments: Sequence[str], variant: str, case: str) -> float:
     command = [sys.executable, "-m", "tools.bench", *arguments, "--memory-of", variant, case]
     done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"the memory measurement of '{variant}' failed: {done.stderr.strip().splitlines()[-1:]}. "
-                        "See it with the same command plus: --memory-of "
-                        f"'{variant}' '{case}', or leave it out with --no-memory.")
+        raise UserError(
+            f"the memory measurement of '{variant}' failed: {done.stderr.strip().splitlines()[-1:]}. "
+            "See it with the same command plus: --memory-of "
+            f"'{variant}' '{case}', or leave it out with --no-memory."
+        )
     return json.loads(done.stdout.splitlines()[-1])["mib"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Report
+
 
 def plot(rows: Sequence[Mapping], path: Path) -> None:
     """Bars of the median step time, a group per case and thread count."""
@@ -135,8 +142,13 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
     for index, variant in enumerate(variants):
         own = {(row["case"], row["threads"]): row["step s"] for row in rows if row["variant"] == variant}
         at = [group + (index - (len(variants) - 1) / 2) * width for group in range(len(groups))]
-        axes.bar(at, [own.get(group, 0) for group in groups], width, label=variant,
-                 color=report.COLOURS[index % len(report.COLOURS)])
+        axes.bar(
+            at,
+            [own.get(group, 0) for group in groups],
+            width,
+            label=variant,
+            color=report.COLOURS[index % len(report.COLOURS)],
+        )
     axes.set_xticks(range(len(groups)), [f"{case}\n{n} thread{'s' * (n > 1)}" for case, n in groups])
     axes.set_ylabel("seconds per step (median)")
     figure.legend(loc="outside lower center", ncols=min(3, len(variants)), frameon=False)
@@ -163,8 +175,11 @@ def run(name: str, benchmark: ModuleType, options: argparse.Namespace, arguments
     load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     facts = report.environment()
     print(benchmark.SAYS)
-    print(f"{facts['hardware']}, torch {torch.__version__}, load average {report.show(load_before)}, "
-          f"commit {facts['commit'][:9]}{' + changes' * facts['dirty']}, {options.repeats} repeats", flush=True)
+    print(
+        f"{facts['hardware']}, torch {torch.__version__}, load average {report.show(load_before)}, "
+        f"commit {facts['commit'][:9]}{' + changes' * facts['dirty']}, {options.repeats} repeats",
+        flush=True,
+    )
     memory = {}
     if not options.no_memory:
         for case in cases:
@@ -180,9 +195,15 @@ def run(name: str, benchmark: ModuleType, options: argparse.Namespace, arguments
             chosen = {variant: steps[variant] for variant in variants_of(case, options)}
             records = interleave(chosen, case, options.repeats, say)
             raw.append({"case": case, "threads": threads, "records": records})
-            rows += [{"case": case, "threads": threads, **row,
-                      **({} if options.no_memory else {"peak MiB": round(memory[row["variant"], case])})}
-                     for row in summarise(records)]
+            rows += [
+                {
+                    "case": case,
+                    "threads": threads,
+                    **row,
+                    **({} if options.no_memory else {"peak MiB": round(memory[row["variant"], case])}),
+                }
+                for row in summarise(records)
+            ]
     for title, part in tables(name, rows):
         report.print_table(title, part)
     remarks = getattr(benchmark, "remarks", lambda rows: [])(rows)
@@ -190,9 +211,18 @@ def run(name: str, benchmark: ModuleType, options: argparse.Namespace, arguments
     out = Path(options.out)
     written = report.write_table(out, name, rows)
     getattr(benchmark, "plot", plot)(rows, out / f"{name}.png")
-    write_json(out / f"{name}.json", {
-        "says": benchmark.SAYS, "arguments": list(arguments), "load": load_before, **facts, "measured": raw,
-        "remarks": remarks, "memory_mib": [{"variant": v, "case": c, "mib": m} for (v, c), m in memory.items()]})
+    write_json(
+        out / f"{name}.json",
+        {
+            "says": benchmark.SAYS,
+            "arguments": list(arguments),
+            "load": load_before,
+            **facts,
+            "measured": raw,
+            "remarks": remarks,
+            "memory_mib": [{"variant": v, "case": c, "mib": m} for (v, c), m in memory.items()],
+        },
+    )
     for path in [*written, out / f"{name}.png", out / f"{name}.json"]:
         print(path)
     return rows
@@ -204,13 +234,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = ", ".join(names())
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
-            print(f"usage: python -m tools.bench <name> [options]\n\n{__doc__.partition(chr(10))[0]}\n\n"
-                  f"benchmarks: {known}\noptions of one: python -m tools.bench <name> --help")
+            print(
+                f"usage: python -m tools.bench <name> [options]\n\n{__doc__.partition(chr(10))[0]}\n\n"
+                f"benchmarks: {known}\noptions of one: python -m tools.bench <name> --help"
+            )
             return 0
         name = arguments[0]
         benchmark = load(name)
-        parser = argparse.ArgumentParser(prog=f"python -m tools.bench {name}", description=benchmark.SAYS,
-                                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = argparse.ArgumentParser(
+            prog=f"python -m tools.bench {name}",
+            description=benchmark.SAYS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads, one table row each")
         parser.add_argument("--repeats", type=int, default=8, help="measured rounds")
         parser.add_argument("--out", default="outputs/bench", help="folder for csv, md, png and json")

@@ -49,13 +49,15 @@ STAMP = "claim.json"  # in a run folder: what made it
 # ---------------------------------------------------------------------------------------------------------------------
 # The declaration
 
+
 def load_claim(slug: str, conf: Path = ROOT / "conf") -> dict:
     """The declaration of a claim, with every name in it checked. Raises `UserError` naming the field and the fix."""
     path = conf / "claim" / f"{slug}.yaml"
     slugs = claim_slugs(conf)
     if slug not in slugs:
-        raise UserError(f"Claim '{slug}' does not exist. {nearest(slug, slugs)}"
-                        f"Claims: {', '.join(slugs) or 'none'} (conf/claim).")
+        raise UserError(
+            f"Claim '{slug}' does not exist. {nearest(slug, slugs)}Claims: {', '.join(slugs) or 'none'} (conf/claim)."
+        )
     claim = yaml.safe_load(path.read_text(encoding="utf-8"))
     where = f"conf/claim/{slug}.yaml"
     _fields(claim, "claim", where, required=FIELDS["claim"])
@@ -70,8 +72,10 @@ def load_claim(slug: str, conf: Path = ROOT / "conf") -> dict:
             _known(need, seen, f"{where}: runs.{name}.needs", "a run declared above it")
         if not (conf / "experiment" / f"{run['experiment']}.yaml").is_file():
             experiments = [p.stem for p in (conf / "experiment").glob("*.yaml")]
-            raise UserError(f"{where}: runs.{name}.experiment '{run['experiment']}' does not exist. "
-                            f"{nearest(run['experiment'], experiments)}List them with: ls conf/experiment")
+            raise UserError(
+                f"{where}: runs.{name}.experiment '{run['experiment']}' does not exist. "
+                f"{nearest(run['experiment'], experiments)}List them with: ls conf/experiment"
+            )
         seen.append(name)
     for name, measure in claim["measures"].items():
         _fields(measure, "measure", f"{where}: measures.{name}", required={"run", "metric"})
@@ -103,18 +107,28 @@ def _fields(node, kind: str, where: str, required) -> None:
 
 def _known(name, options, where: str, what: str) -> None:
     if name not in options:
-        raise UserError(f"{where}: '{name}' is not {what}. {nearest(str(name), options)}"
-                        f"Options: {', '.join(map(str, options)) or 'none'}.")
+        raise UserError(
+            f"{where}: '{name}' is not {what}. {nearest(str(name), options)}"
+            f"Options: {', '.join(map(str, options)) or 'none'}."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The runs
 
+
 def code_hash(root: Path = ROOT) -> str:
     """16 hex digits of the code and configuration a run depends on (contents, not commits: prose does not count)."""
     listed = report.git("ls-files", "-co", "--exclude-standard", "--", "common", "projects", "conf", root=root)
-    names = listed.splitlines() if listed is not None else [
-        path.relative_to(root).as_posix() for top in ("common", "projects", "conf") for path in (root / top).rglob("*")]
+    names = (
+        listed.splitlines()
+        if listed is not None
+        else [
+            path.relative_to(root).as_posix()
+            for top in ("common", "projects", "conf")
+            for path in (root / top).rglob("*")
+        ]
+    )
     digest = hashlib.sha256()
     for name in sorted(set(names)):
         path = root / name
@@ -149,9 +163,16 @@ def execute(arguments: Sequence[str]) -> int:
     return subprocess.run([sys.executable, "-m", "projects.run", *arguments], env=environment, check=False).returncode
 
 
-def make_runs(claim: Mapping, seed: int, folder: Path, *, code: str, fresh: bool = False,
-              run: Callable[[Sequence[str]], int] = execute,
-              say: Callable[[str], None] | None = None) -> dict[str, dict]:
+def make_runs(
+    claim: Mapping,
+    seed: int,
+    folder: Path,
+    *,
+    code: str,
+    fresh: bool = False,
+    run: Callable[[Sequence[str]], int] = execute,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, dict]:
     """All runs of one seed, in order, under `folder`; returns run name -> result record.
 
     A finished run made by the same command and code is reused; an unfinished one is started again in its folder, where
@@ -165,8 +186,11 @@ def make_runs(claim: Mapping, seed: int, folder: Path, *, code: str, fresh: bool
     for name, spec in claim["runs"].items():
         place = folder / name
         arguments = run_arguments(spec, seed, place, folders)
-        used = [other for other in folders if other in spec["needs"] or any(f"{{{other}}}" in str(text)
-                                                                            for text in spec["overrides"])]
+        used = [
+            other
+            for other in folders
+            if other in spec["needs"] or any(f"{{{other}}}" in str(text) for text in spec["overrides"])
+        ]
         stamp = {"arguments": arguments, "code": code, "needs": {other: stamps[other] for other in used}}
         folders[name], stamps[name] = place, stamp
         same = not fresh and _stamp(place) == stamp
@@ -183,8 +207,10 @@ def make_runs(claim: Mapping, seed: int, folder: Path, *, code: str, fresh: bool
             result = report.read_result(answer)
             if status or result is None:
                 why = f"ended with exit code {status}" if status else "left no result.json"
-                raise UserError(f"Run '{name}' of seed {seed} {why}; see its output above. "
-                                f"Start again with the same command: finished runs are kept.")
+                raise UserError(
+                    f"Run '{name}' of seed {seed} {why}; see its output above. "
+                    f"Start again with the same command: finished runs are kept."
+                )
         results[name] = result
     return results
 
@@ -199,14 +225,17 @@ def _stamp(place: Path) -> dict | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The numbers
 
+
 def measure(claim: Mapping, results: Mapping[str, Mapping]) -> dict[str, float]:
     """Measure name -> value from the result records of one seed. Raises `UserError` for a metric that is not there."""
     values = {}
     for name, spec in claim["measures"].items():
         metrics = results[spec["run"]]["metrics"]
         if spec["metric"] not in metrics:
-            raise UserError(f"measures.{name}: run '{spec['run']}' has no metric '{spec['metric']}'. "
-                            f"{nearest(spec['metric'], metrics)}Metrics: {', '.join(metrics) or 'none'}.")
+            raise UserError(
+                f"measures.{name}: run '{spec['run']}' has no metric '{spec['metric']}'. "
+                f"{nearest(spec['metric'], metrics)}Metrics: {', '.join(metrics) or 'none'}."
+            )
         value = metrics[spec["metric"]]["value"]
         if value is None:
             raise UserError(f"measures.{name}: '{spec['metric']}' of run '{spec['run']}' is not a finite number.")
@@ -221,8 +250,11 @@ def summary(values: Mapping[int, Mapping[str, float]]) -> dict[str, dict]:
     for name in names:
         column = [values[seed][name] for seed in values]
         spread = statistics.stdev(column) if len(column) > 1 else None
-        table[name] = {"mean": statistics.fmean(column), "spread": spread,
-                       "per_seed": {str(seed): values[seed][name] for seed in values}}
+        table[name] = {
+            "mean": statistics.fmean(column),
+            "spread": spread,
+            "per_seed": {str(seed): values[seed][name] for seed in values},
+        }
     return table
 
 
@@ -231,14 +263,21 @@ def judge(claim: Mapping, values: Mapping[int, Mapping[str, float]]) -> list[dic
     means = {name: row["mean"] for name, row in summary(values).items()}
     verdicts = []
     for relation in claim["relations"]:
+
         def holds(row, relation=relation) -> bool:
             return OPERATORS[relation["op"]](row[relation["left"]], relation["factor"] * row[relation["right"]])
 
         per_seed = {str(seed): holds(values[seed]) for seed in values}
         right = means[relation["right"]]
-        verdicts.append({**relation, "ratio": means[relation["left"]] / right if right else None,
-                         "per_seed": per_seed, "on_means": holds(means),
-                         "held": holds(means) and all(per_seed.values())})
+        verdicts.append(
+            {
+                **relation,
+                "ratio": means[relation["left"]] / right if right else None,
+                "per_seed": per_seed,
+                "on_means": holds(means),
+                "held": holds(means) and all(per_seed.values()),
+            }
+        )
     return verdicts
 
 
@@ -253,17 +292,27 @@ def make_record(claim: Mapping, results: Mapping[int, Mapping[str, Mapping]], co
     verdicts = judge(claim, values)
     commit, dirty = report.source_state()
     return {
-        "claim": claim["claim"], "source": claim["source"],
+        "claim": claim["claim"],
+        "source": claim["source"],
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit, "dirty": dirty or any(result.get("dirty") for result in flat), "code": code,
+        "commit": commit,
+        "dirty": dirty or any(result.get("dirty") for result in flat),
+        "code": code,
         "seeds": list(results),
         "hardware": "; ".join(dict.fromkeys(str(result.get("hardware", "unknown")) for result in flat)),
         "versions": flat[0].get("versions", {}),
         "wall_time_s": round(sum(result.get("wall_time_s") or 0.0 for result in flat), 1),
-        "runs": {name: {"experiment": run["experiment"], "overrides": run["overrides"],
-                        "steps": results[next(iter(results))][name].get("step")}
-                 for name, run in claim["runs"].items()},
-        "measures": table, "relations": verdicts, "held": all(verdict["held"] for verdict in verdicts),
+        "runs": {
+            name: {
+                "experiment": run["experiment"],
+                "overrides": run["overrides"],
+                "steps": results[next(iter(results))][name].get("step"),
+            }
+            for name, run in claim["runs"].items()
+        },
+        "measures": table,
+        "relations": verdicts,
+        "held": all(verdict["held"] for verdict in verdicts),
     }
 
 
@@ -278,26 +327,48 @@ def show_record(record: Mapping) -> None:
     rows = []
     for name, row in record["measures"].items():
         spread = "" if row["spread"] is None else f" ± {report.show(row['spread'])}"
-        rows.append({"measure": name, "what": row["says"], "mean": f"{report.show(row['mean'])}{spread}",
-                     **{f"seed {seed}": value for seed, value in row["per_seed"].items()}})
+        rows.append(
+            {
+                "measure": name,
+                "what": row["says"],
+                "mean": f"{report.show(row['mean'])}{spread}",
+                **{f"seed {seed}": value for seed, value in row["per_seed"].items()},
+            }
+        )
     report.print_table(record["claim"], rows)
-    report.print_table("Relations", [{
-        "paper says": relation["says"],
-        "asked": f"{relation['left']} {relation['op']} {report.show(relation['factor'])} x {relation['right']}",
-        "ratio of means": relation["ratio"],
-        "seeds": f"{sum(relation['per_seed'].values())}/{len(relation['per_seed'])}",
-        "held": "held" if relation["held"] else "FAILED"} for relation in record["relations"]])
+    report.print_table(
+        "Relations",
+        [
+            {
+                "paper says": relation["says"],
+                "asked": f"{relation['left']} {relation['op']} {report.show(relation['factor'])} x {relation['right']}",
+                "ratio of means": relation["ratio"],
+                "seeds": f"{sum(relation['per_seed'].values())}/{len(relation['per_seed'])}",
+                "held": "held" if relation["held"] else "FAILED",
+            }
+            for relation in record["relations"]
+        ],
+    )
 
 
-def claim_once(slug: str, *, seeds: Sequence[int] | None, fresh: bool, record: bool, root: Path = ROOT,
-               run: Callable[[Sequence[str]], int] = execute) -> dict:
+def claim_once(
+    slug: str,
+    *,
+    seeds: Sequence[int] | None,
+    fresh: bool,
+    record: bool,
+    root: Path = ROOT,
+    run: Callable[[Sequence[str]], int] = execute,
+) -> dict:
     """Make, measure, print and (with `record`) store one claim; returns its record."""
     claim = load_claim(slug, root / "conf")
     outputs = Path(os.environ.get("ONESTEP_OUTPUTS", "outputs")) / "claims" / slug
     code = code_hash(root)
     started = time.perf_counter()
-    results = {seed: make_runs(claim, seed, outputs / f"seed{seed}", code=code, fresh=fresh, run=run)
-               for seed in seeds or claim["seeds"]}
+    results = {
+        seed: make_runs(claim, seed, outputs / f"seed{seed}", code=code, fresh=fresh, run=run)
+        for seed in seeds or claim["seeds"]
+    }
     made = make_record(claim, results, code)
     show_record(made)
     print(f"took {time.perf_counter() - started:.0f} s now; the runs took {made['wall_time_s']:.0f} s in all")
@@ -322,8 +393,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         slugs = claim_slugs() if options.all else [options.slug]
         if slugs == [None]:
             raise UserError(f"Name a claim, or give --all. Claims: {', '.join(claim_slugs()) or 'none'} (conf/claim).")
-        made = [claim_once(slug, seeds=options.seeds, fresh=options.fresh, record=not options.no_record)
-                for slug in slugs]
+        made = [
+            claim_once(slug, seeds=options.seeds, fresh=options.fresh, record=not options.no_record) for slug in slugs
+        ]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -263,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<number>")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="arithmetic of the encoder")
     add("--store", default="float32", choices=("float32", "float16"), help="type of the numbers kept")
-    add("--fit", default="adm", choices=("adm", "center", "exact"), help="crop and resize, see common.data.images.folder")
+    add("--fit", default="adm", choices=("adm", "center", "exact"), help="crop and resize (common.data.images.folder)")
     add("--no-mirror", action="store_true", help="leave the mirror images out")
     add("--no-labels", action="store_true", help="pictures without classes")
     add("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and say which")

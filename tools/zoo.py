@@ -28,6 +28,7 @@ BLOCK = re.compile(r"(<!-- zoo:(\w+) -->\n?)(.*?)(<!-- /zoo -->)", re.DOTALL)
 # ---------------------------------------------------------------------------------------------------------------------
 # What the tree knows
 
+
 def projects(root: Path = ROOT) -> dict[str, str]:
     """slug -> first line of the project's docstring, such as "ECT: title (venue), arXiv 0000.00000."."""
     found = {}
@@ -50,13 +51,18 @@ def experiments(root: Path = ROOT) -> list[dict]:
             if not line.startswith("# @package"):
                 header.append(line.lstrip("# ").rstrip())
         command = next((line for line in header if line.startswith("python -m ")), None)
-        after = header[header.index(command) + 1:] if command else []
+        after = header[header.index(command) + 1 :] if command else []
         content = yaml.safe_load(text) or {}
-        found.append({
-            "slug": next((slug for slug in slugs if path.stem == slug or path.stem.startswith(f"{slug}_")), None),
-            "name": path.stem, "what": header[0] if header else "", "command": command, "cost": " ".join(after),
-            "published": content.get("published") or [],
-        })
+        found.append(
+            {
+                "slug": next((slug for slug in slugs if path.stem == slug or path.stem.startswith(f"{slug}_")), None),
+                "name": path.stem,
+                "what": header[0] if header else "",
+                "command": command,
+                "cost": " ".join(after),
+                "published": content.get("published") or [],
+            }
+        )
     return found
 
 
@@ -70,18 +76,23 @@ def newest_record(root: Path, slug: str) -> dict | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables; `only` is the slug of a card, None for the README
 
+
 def papers_table(root: Path, only: str | None) -> str:
     rows = []
     for slug, title in projects(root).items():
         if only in (None, slug):
             card = root / "projects" / slug / "README.md"
             record = newest_record(root, slug)
-            rows.append({
-                "project": f"[{slug}](projects/{slug}/README.md)" if card.is_file() and only is None else f"`{slug}`",
-                "paper": title,
-                "experiments": sum(experiment["slug"] == slug for experiment in experiments(root)),
-                "claim": _verdict(record) if record else "-",
-            })
+            rows.append(
+                {
+                    "project": f"[{slug}](projects/{slug}/README.md)"
+                    if card.is_file() and only is None
+                    else f"`{slug}`",
+                    "paper": title,
+                    "experiments": sum(experiment["slug"] == slug for experiment in experiments(root)),
+                    "claim": _verdict(record) if record else "-",
+                }
+            )
     return markdown_table(rows)
 
 
@@ -91,9 +102,13 @@ def _verdict(record: Mapping) -> str:
 
 
 def experiments_table(root: Path, only: str | None) -> str:
-    return markdown_table([
-        {"experiment": f"`{experiment['name']}`", "what": experiment["what"], "cost": experiment["cost"] or "-"}
-        for experiment in experiments(root) if only in (None, experiment["slug"])])
+    return markdown_table(
+        [
+            {"experiment": f"`{experiment['name']}`", "what": experiment["what"], "cost": experiment["cost"] or "-"}
+            for experiment in experiments(root)
+            if only in (None, experiment["slug"])
+        ]
+    )
 
 
 def results_table(root: Path, only: str | None) -> str:
@@ -103,12 +118,21 @@ def results_table(root: Path, only: str | None) -> str:
         if record:
             parts.append(_measured(slug, record))
     published = [
-        {"experiment": f"`{experiment['name']}`", "metric": entry["metric"], "published": entry["value"],
-         "source": entry["source"]}
-        for experiment in experiments(root) if only in (None, experiment["slug"]) for entry in experiment["published"]]
+        {
+            "experiment": f"`{experiment['name']}`",
+            "metric": entry["metric"],
+            "published": entry["value"],
+            "source": entry["source"],
+        }
+        for experiment in experiments(root)
+        if only in (None, experiment["slug"])
+        for entry in experiment["published"]
+    ]
     if published:
-        parts.append("Published numbers (the papers', not ours); `task=test` prints ours beside them:\n\n"
-                     + markdown_table(published))
+        parts.append(
+            "Published numbers (the papers', not ours); `task=test` prints ours beside them:\n\n"
+            + markdown_table(published)
+        )
     return "\n".join(parts) or "(nothing recorded)\n"
 
 
@@ -118,20 +142,32 @@ def _measured(slug: str, record: Mapping) -> str:
     for name, row in record["measures"].items():
         spread = "" if row["spread"] is None else f" ± {show(row['spread'])}"
         kind = row.get("record") or {}
-        rows.append({"run": f"`{row['run']}`", "measured": row.get("says", name),
-                     "metric": kind.get("name", row["metric"]), "images": kind.get("samples"),
-                     "mean ± sd over seeds": f"{show(row['mean'])}{spread}"})
-    relations = [{
-        "the claim": relation["says"],
-        "asked": f"{relation['left']} {relation['op']} {show(relation['factor'])} x {relation['right']}",
-        "ratio of means": relation["ratio"],
-        "seeds": f"{sum(relation['per_seed'].values())} of {len(relation['per_seed'])}",
-        "held": "held" if relation["held"] else "**failed**"} for relation in record["relations"]]
+        rows.append(
+            {
+                "run": f"`{row['run']}`",
+                "measured": row.get("says", name),
+                "metric": kind.get("name", row["metric"]),
+                "images": kind.get("samples"),
+                "mean ± sd over seeds": f"{show(row['mean'])}{spread}",
+            }
+        )
+    relations = [
+        {
+            "the claim": relation["says"],
+            "asked": f"{relation['left']} {relation['op']} {show(relation['factor'])} x {relation['right']}",
+            "ratio of means": relation["ratio"],
+            "seeds": f"{sum(relation['per_seed'].values())} of {len(relation['per_seed'])}",
+            "held": "held" if relation["held"] else "**failed**",
+        }
+        for relation in record["relations"]
+    ]
     commit = record["commit"][:10] + (" with local changes" if record["dirty"] else "")
-    return (f"Measured here, claim `{slug}`: {record['claim']} ({record['source']})\n\n{markdown_table(rows)}\n"
-            f"{markdown_table(relations)}\n"
-            f"Seeds {seeds}; {record['wall_time_s'] / 60:.0f} minutes of runs on {record['hardware']}; "
-            f"commit {commit}, {record['date']}. Again: `make claim-{slug}`.\n")
+    return (
+        f"Measured here, claim `{slug}`: {record['claim']} ({record['source']})\n\n{markdown_table(rows)}\n"
+        f"{markdown_table(relations)}\n"
+        f"Seeds {seeds}; {record['wall_time_s'] / 60:.0f} minutes of runs on {record['hardware']}; "
+        f"commit {commit}, {record['date']}. Again: `make claim-{slug}`.\n"
+    )
 
 
 TABLES = {"papers": papers_table, "experiments": experiments_table, "results": results_table}
@@ -139,6 +175,7 @@ TABLES = {"papers": papers_table, "experiments": experiments_table, "results": r
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The files
+
 
 def pages(root: Path = ROOT) -> list[tuple[Path, str | None]]:
     """(file, slug or None) of every page that may hold tables."""
@@ -155,8 +192,9 @@ def rendered(path: Path, only: str | None, root: Path = ROOT) -> str:
     def make(match: re.Match) -> str:
         name = match[2]
         if name not in TABLES:
-            raise UserError(f"{path.relative_to(root)}: zoo:{name} is no table. {nearest(name, TABLES)}"
-                            f"Tables: {', '.join(TABLES)}.")
+            raise UserError(
+                f"{path.relative_to(root)}: zoo:{name} is no table. {nearest(name, TABLES)}Tables: {', '.join(TABLES)}."
+            )
         return f"<!-- zoo:{name} -->\n{TABLES[name](root, only)}{match[4]}"
 
     return BLOCK.sub(make, text)
@@ -168,8 +206,11 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 when a table is out of date")
     options = parser.parse_args(arguments)
     try:
-        stale = [(path, text) for path, only in pages(root)
-                 if (text := rendered(path, only, root)) != path.read_text(encoding="utf-8")]
+        stale = [
+            (path, text)
+            for path, only in pages(root)
+            if (text := rendered(path, only, root)) != path.read_text(encoding="utf-8")
+        ]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,6 +1,5 @@
 """A matrix decomposition as a module on feature maps: `Ham(512, NMF(rank=64))(x)`."""
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

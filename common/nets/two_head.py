@@ -1,6 +1,7 @@
 """u(z, t, r | omega, t_min, t_max) and v from a network over noise labels: iMF and pMF with a U-Net or an MLP.
 
-The published networks of the two papers are transformers (`common.nets.mit`, pMF's `network`); this wrapper gives other raw networks the same call, for experiments that must run in minutes.
+The published networks of the two papers are transformers (`common.nets.mit`, pMF's `network`); this wrapper gives other
+raw networks the same call, for experiments that must run in minutes.
 """
 
 from collections.abc import Sequence

@@ -24,8 +24,13 @@ SD = 0.5
 
 
 def module(net: nn.Module, *, loss=None, time=None, **options) -> Ect:
-    schedule_of_stages = {"steps_per_stage": 10, "stages": 8, "first_stage": 0, "official_gradients": False,
-                          "distill": False} | options
+    schedule_of_stages = {
+        "steps_per_stage": 10,
+        "stages": 8,
+        "first_stage": 0,
+        "official_gradients": False,
+        "distill": False,
+    } | options
     made = Ect(
         net=net, loss=loss or ConsistencyLoss(), time=time or LogNormal(mean=-1.1, std=2.0),
         optimizer=partial(torch.optim.RAdam, lr=1e-3), schedule=None, **schedule_of_stages,

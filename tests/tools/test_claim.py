@@ -14,12 +14,21 @@ from tools import claim as tool
 ROOT = Path(__file__).parents[2]
 
 DECLARED = {
-    "claim": "Tuning beats starting over.", "source": "arXiv 0000.00000", "seeds": [1, 2],
-    "runs": {"teacher": {"experiment": "edm_toy"},
-             "tuned": {"experiment": "ect_toy", "needs": "teacher",
-                       "overrides": ["init.file={teacher}/export/model.safetensors", "a=1"]}},
-    "measures": {"teacher_1step": {"run": "teacher", "metric": "test/fd"},
-                 "tuned_1step": {"run": "tuned", "metric": "test/fd", "says": "tuned, 1 step"}},
+    "claim": "Tuning beats starting over.",
+    "source": "arXiv 0000.00000",
+    "seeds": [1, 2],
+    "runs": {
+        "teacher": {"experiment": "edm_toy"},
+        "tuned": {
+            "experiment": "ect_toy",
+            "needs": "teacher",
+            "overrides": ["init.file={teacher}/export/model.safetensors", "a=1"],
+        },
+    },
+    "measures": {
+        "teacher_1step": {"run": "teacher", "metric": "test/fd"},
+        "tuned_1step": {"run": "tuned", "metric": "test/fd", "says": "tuned, 1 step"},
+    },
     "relations": [{"left": "teacher_1step", "op": ">=", "factor": 50, "right": "tuned_1step", "says": "50 x better"}],
 }
 
@@ -38,8 +47,16 @@ class Runs:
         folder = Path(given["run.dir"].strip("'"))
         value = self.values[given["+experiment"]] + int(given["seed"])
         if self.status == 0:
-            write_json(folder / "result.json", {"metrics": {"test/fd": {"value": value, "record": {"samples": 9}}},
-                                                "wall_time_s": 2.0, "step": 7, "hardware": "box", "dirty": False})
+            write_json(
+                folder / "result.json",
+                {
+                    "metrics": {"test/fd": {"value": value, "record": {"samples": 9}}},
+                    "wall_time_s": 2.0,
+                    "step": 7,
+                    "hardware": "box",
+                    "dirty": False,
+                },
+            )
         return self.status
 
 
@@ -57,8 +74,7 @@ def declare(root: Path, declared: dict) -> None:
 
 
 def once(root, runs, **options):
-    return tool.claim_once("ect", root=root, run=runs,
-                           **{"seeds": None, "fresh": False, "record": True, **options})
+    return tool.claim_once("ect", root=root, run=runs, **{"seeds": None, "fresh": False, "record": True, **options})
 
 
 def test_runs_are_made_in_order_and_the_record_holds_their_numbers(root, capsys):
@@ -67,12 +83,18 @@ def test_runs_are_made_in_order_and_the_record_holds_their_numbers(root, capsys)
     place = (root / "outputs/claims/ect/seed1").resolve()
     assert runs.calls[:2] == [
         ["+experiment=edm_toy", "seed=1", f"run.dir='{place}/teacher'"],
-        ["+experiment=ect_toy", "seed=1", f"run.dir='{place}/tuned'",
-         f"init.file='{place}/teacher/export/model.safetensors'", "a=1"]]
+        [
+            "+experiment=ect_toy",
+            "seed=1",
+            f"run.dir='{place}/tuned'",
+            f"init.file='{place}/teacher/export/model.safetensors'",
+            "a=1",
+        ],
+    ]
     assert len(runs.calls) == 4
     measured = record["measures"]["tuned_1step"]
     assert measured["per_seed"] == {"1": 5.0, "2": 6.0} and measured["mean"] == 5.5
-    assert measured["spread"] == pytest.approx(0.5 ** 0.5) and measured["record"] == {"samples": 9}
+    assert measured["spread"] == pytest.approx(0.5**0.5) and measured["record"] == {"samples": 9}
     assert record["held"] and record["relations"][0]["ratio"] == pytest.approx(301.5 / 5.5)
     assert record["wall_time_s"] == 8.0 and record["hardware"] == "box" and record["seeds"] == [1, 2]
     stored = read_json(root / "projects/ect/results.json")
@@ -135,16 +157,19 @@ def test_prose_and_claims_do_not_change_the_code_hash(root):
     assert tool.code_hash(root) != before
 
 
-@pytest.mark.parametrize(("path", "value", "message"), [
-    (("runs", "tuned", "needs"), "techer", "'techer' is not a run declared above it. Closest: teacher."),
-    (("runs", "tuned", "experiment"), "ect_tyo", "experiment 'ect_tyo' does not exist. Closest: ect_toy."),
-    (("runs", "tuned", "overides"), ["x"], "'overides' is not a field of a run. Closest: overrides."),
-    (("measures", "tuned_1step", "run"), "tund", "'tund' is not a declared run. Closest: tuned."),
-    (("relations", 0, "op"), "=", "'=' is not an operator."),
-    (("relations", 0, "left"), "teacher_2step", "Closest: teacher_1step."),
-    (("seeds",), ["one"], "seeds must be a list of integers"),
-    (("measures", "tuned_1step"), "test/fd", "must be a mapping with metric, run, says"),
-])
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("runs", "tuned", "needs"), "techer", "'techer' is not a run declared above it. Closest: teacher."),
+        (("runs", "tuned", "experiment"), "ect_tyo", "experiment 'ect_tyo' does not exist. Closest: ect_toy."),
+        (("runs", "tuned", "overides"), ["x"], "'overides' is not a field of a run. Closest: overrides."),
+        (("measures", "tuned_1step", "run"), "tund", "'tund' is not a declared run. Closest: tuned."),
+        (("relations", 0, "op"), "=", "'=' is not an operator."),
+        (("relations", 0, "left"), "teacher_2step", "Closest: teacher_1step."),
+        (("seeds",), ["one"], "seeds must be a list of integers"),
+        (("measures", "tuned_1step"), "test/fd", "must be a mapping with metric, run, says"),
+    ],
+)
 def test_mistakes_in_a_declaration_are_named(root, path, value, message):
     declared = yaml.safe_load(yaml.safe_dump(DECLARED))
     node = declared
@@ -176,11 +201,16 @@ def test_exit_codes(root, monkeypatch, capsys):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.tuples(st.floats(0.1, 1e3), st.floats(0.1, 1e3)), min_size=1, max_size=5),
-       st.sampled_from(sorted(tool.OPERATORS)), st.floats(0.1, 100))
+@given(
+    st.lists(st.tuples(st.floats(0.1, 1e3), st.floats(0.1, 1e3)), min_size=1, max_size=5),
+    st.sampled_from(sorted(tool.OPERATORS)),
+    st.floats(0.1, 100),
+)
 def test_a_relation_holds_only_if_every_seed_holds(pairs, op, factor):
     values = {seed: {"a": a, "b": b} for seed, (a, b) in enumerate(pairs)}
-    verdict, = tool.judge({"relations": [{"left": "a", "op": op, "factor": factor, "right": "b", "says": ""}]}, values)
+    (verdict,) = tool.judge(
+        {"relations": [{"left": "a", "op": op, "factor": factor, "right": "b", "says": ""}]}, values
+    )
     expected = [eval(f"a {op} factor * b", {"a": a, "b": b, "factor": factor}) for a, b in pairs]
     assert list(verdict["per_seed"].values()) == expected
     assert verdict["held"] == (all(expected) and verdict["on_means"])

@@ -10,13 +10,38 @@ from tools import zoo
 ROOT = Path(__file__).parents[2]
 
 RECORD = {
-    "claim": "Tuning wins.", "source": "arXiv 1", "date": "2026-01-02", "commit": "0123456789abcdef", "dirty": False,
-    "seeds": [1, 2], "hardware": "box, 2 cores", "wall_time_s": 120.0,
-    "measures": {"a": {"run": "tuned", "metric": "test/fd", "says": "tuned | one step", "mean": 5.5, "spread": 0.5,
-                       "record": {"name": "FD-digits", "samples": 4000}},
-                 "b": {"run": "old", "metric": "test/fd", "mean": 300.0, "spread": None, "record": None}},
-    "relations": [{"says": "50 x better", "left": "b", "op": ">=", "factor": 50, "right": "a", "ratio": 54.5,
-                   "per_seed": {"1": True, "2": False}, "held": False}], "held": False,
+    "claim": "Tuning wins.",
+    "source": "arXiv 1",
+    "date": "2026-01-02",
+    "commit": "0123456789abcdef",
+    "dirty": False,
+    "seeds": [1, 2],
+    "hardware": "box, 2 cores",
+    "wall_time_s": 120.0,
+    "measures": {
+        "a": {
+            "run": "tuned",
+            "metric": "test/fd",
+            "says": "tuned | one step",
+            "mean": 5.5,
+            "spread": 0.5,
+            "record": {"name": "FD-digits", "samples": 4000},
+        },
+        "b": {"run": "old", "metric": "test/fd", "mean": 300.0, "spread": None, "record": None},
+    },
+    "relations": [
+        {
+            "says": "50 x better",
+            "left": "b",
+            "op": ">=",
+            "factor": 50,
+            "right": "a",
+            "ratio": 54.5,
+            "per_seed": {"1": True, "2": False},
+            "held": False,
+        }
+    ],
+    "held": False,
 }
 
 
@@ -25,16 +50,23 @@ def root(tmp_path) -> Path:
     write_text(tmp_path / "projects/__init__.py", "")
     write_text(tmp_path / "projects/ect/__init__.py", '"""ECT: tuning (ICLR 2025), arXiv 2406.14548.\n\nMore.\n"""\n')
     write_text(tmp_path / "projects/edm/__init__.py", '"""EDM: design space (NeurIPS 2022), arXiv 2206.00364."""\n')
-    write_text(tmp_path / "conf/experiment/ect_toy.yaml",
-               "# @package _global_\n# ECT on toys: FD 3\n# python -m projects.run +experiment=ect_toy\n# One minute.\n"
-               "a: 1  # not this\npublished: [{metric: test/fid, value: 3.86, source: README}]\n")
+    write_text(
+        tmp_path / "conf/experiment/ect_toy.yaml",
+        "# @package _global_\n# ECT on toys: FD 3\n# python -m projects.run +experiment=ect_toy\n# One minute.\n"
+        "a: 1  # not this\npublished: [{metric: test/fid, value: 3.86, source: README}]\n",
+    )
     write_text(tmp_path / "conf/experiment/edm_toy.yaml", "# @package _global_\n# The teacher\na: 1\n")
     write_json(tmp_path / "projects/ect/results.json", {"slug": "ect", "records": [{"old": 1}, RECORD]})
-    write_text(tmp_path / "README.md", "Title\n\n<!-- zoo:papers -->old<!-- /zoo -->\n\nkept\n\n"
-                                       "<!-- zoo:experiments -->\n<!-- /zoo -->\n"
-                                       "<!-- zoo:results -->\n<!-- /zoo -->\nend\n")
-    write_text(tmp_path / "projects/edm/README.md", "# EDM\n<!-- zoo:results -->\n<!-- /zoo -->\n"
-                                                    "<!-- zoo:experiments -->\n<!-- /zoo -->\n")
+    write_text(
+        tmp_path / "README.md",
+        "Title\n\n<!-- zoo:papers -->old<!-- /zoo -->\n\nkept\n\n"
+        "<!-- zoo:experiments -->\n<!-- /zoo -->\n"
+        "<!-- zoo:results -->\n<!-- /zoo -->\nend\n",
+    )
+    write_text(
+        tmp_path / "projects/edm/README.md",
+        "# EDM\n<!-- zoo:results -->\n<!-- /zoo -->\n<!-- zoo:experiments -->\n<!-- /zoo -->\n",
+    )
     return tmp_path
 
 
@@ -66,10 +98,13 @@ def test_check_finds_stale_tables_and_changes_nothing(root, capsys):
     assert zoo.main(["--check"], root) == 1
 
 
-@pytest.mark.parametrize(("block", "message"), [
-    ("<!-- zoo:result -->\n<!-- /zoo -->", "zoo:result is no table. Closest: results."),
-    ("<!-- zoo:results -->\n", "marker without <!-- /zoo -->"),
-])
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ("<!-- zoo:result -->\n<!-- /zoo -->", "zoo:result is no table. Closest: results."),
+        ("<!-- zoo:results -->\n", "marker without <!-- /zoo -->"),
+    ],
+)
 def test_bad_markers_are_named(root, block, message, capsys):
     write_text(root / "README.md", block)
     assert zoo.main([], root) == 2

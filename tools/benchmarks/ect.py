@@ -31,8 +31,10 @@ the published batch of 128 holds (independent draws of 8 would spare the publish
 steps of stage 0; of 128, never)."""
 
 PUBLISHED, OURS, LAYOUT, HALF, COMPILED = "published", "ours", "ours contiguous", "ours bf16", "ours compile"
-TINY = ["project.net.model." + word for word in (
-    "img_resolution=8", "model_channels=16", "channel_mult=[1,1]", "num_blocks=1", "attn_resolutions=[4]")]
+TINY = [
+    "project.net.model." + word
+    for word in ("img_resolution=8", "model_channels=16", "channel_mult=[1,1]", "num_blocks=1", "attn_resolutions=[4]")
+]
 SETTINGS = {
     LAYOUT: ["speed.channels_last=false"],
     HALF: ["trainer.precision=bf16-mixed"],
@@ -46,8 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 4], help="stages of the schedule, 0 to 7")
     parser.add_argument("--contiguous", action="store_true", help="a row with speed.channels_last=false")
     parser.add_argument("--autocast", choices=["bf16"], help="a row with trainer.precision=bf16-mixed")
-    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND",
-                        help="a row with speed.compile=true; BACKEND: inductor (default), aot_eager, eager")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="a row with speed.compile=true; BACKEND: inductor (default), aot_eager, eager",
+    )
     parser.add_argument("--tiny", action="store_true", help="a network of 16 channels at 8x8 instead: only a try-out")
 
 
@@ -167,6 +174,7 @@ class OurStep:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The published procedure
+
 
 class PublishedStep:
     """One iteration of the authors' loop on one process without gradient accumulation or augmentation.
@@ -304,8 +312,15 @@ class PublishedUNet(nn.Module):
         for side, own in ((like.enc, self.enc), (like.dec, self.dec)):
             for name, layer in side.items():
                 if hasattr(layer, "conv0"):
-                    own[name] = PublishedBlock(layer.in_channels, layer.out_channels, emb, layer.dropout,
-                                               layer.conv0.up, layer.conv0.down, layer.num_heads > 0)
+                    own[name] = PublishedBlock(
+                        layer.in_channels,
+                        layer.out_channels,
+                        emb,
+                        layer.dropout,
+                        layer.conv0.up,
+                        layer.conv0.down,
+                        layer.num_heads > 0,
+                    )
                 elif name.endswith("norm"):
                     own[name] = norm(layer.weight.shape[0])
                 else:

@@ -74,6 +74,7 @@ def _plain(config, throw: bool = True):
 # ---------------------------------------------------------------------------------------------------------------------
 # The walk
 
+
 def _walk(node, path: str, schema, supplied) -> Iterator[str]:
     if isinstance(node, list | tuple):
         for index, item in enumerate(node):
@@ -97,8 +98,10 @@ def _section(node: dict, path: str, schema: dict) -> Iterator[str]:
     for key, value in node.items():
         here = f"{path}.{key}" if path else str(key)
         if named_objects and not _is_target(value) and value is not None and not _is_target(schema.get(key)):
-            yield (f"{here} has no _target_, so it is not an entry of {path}. "
-                   f"{nearest(str(key), schema)}Entries: {', '.join(map(str, schema))}.")
+            yield (
+                f"{here} has no _target_, so it is not an entry of {path}. "
+                f"{nearest(str(key), schema)}Entries: {', '.join(map(str, schema))}."
+            )
         elif not named_objects and key not in schema:
             where = f"an option of {path}" if path else "a section of the configuration"
             yield f"{here} is not {where}. {nearest(str(key), schema)}Options: {', '.join(map(str, schema))}."
@@ -186,8 +189,14 @@ def _hints(target) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # One value against one annotation
 
-LISTS = (list, tuple, collections.abc.Sequence, collections.abc.MutableSequence, collections.abc.Iterable,
-         collections.abc.Collection)
+LISTS = (
+    list,
+    tuple,
+    collections.abc.Sequence,
+    collections.abc.MutableSequence,
+    collections.abc.Iterable,
+    collections.abc.Collection,
+)
 DICTS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 
 

@@ -30,7 +30,7 @@ def nearest_below(name: str, node, path: str) -> str:
     found: dict[str, str] = {}
 
     def collect(inner, where: str) -> None:
-        for key, value in (inner.items() if isinstance(inner, dict) else ()):
+        for key, value in inner.items() if isinstance(inner, dict) else ():
             if not str(key).startswith("_"):
                 if where != path:  # keys beside `name` were looked at before
                     found.setdefault(str(key), f"{where}.{key}" if where else str(key))
@@ -43,6 +43,7 @@ def nearest_below(name: str, node, path: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What may stand in a configuration
+
 
 def read_schema(conf_dir, config_name: str = "config") -> dict:
     """The keys the composed configuration may have, as nested dicts for `check(schema=...)`.
@@ -109,18 +110,21 @@ def _merge(left: dict, right: dict) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Hydra's and OmegaConf's messages
 
+
 def is_composition_error(error: BaseException) -> bool:
     """Whether Hydra, OmegaConf or the YAML reader raised `error` because of what the user wrote."""
     import yaml
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    return (isinstance(error, HydraException | OmegaConfBaseException | yaml.YAMLError)
-            or (isinstance(error, ValueError) and "Config group override" in str(error)))
+    return isinstance(error, HydraException | OmegaConfBaseException | yaml.YAMLError) or (
+        isinstance(error, ValueError) and "Config group override" in str(error)
+    )
 
 
-def explain_hydra_error(error: BaseException, conf_dir=None, *, overrides: Sequence[str] | None = None,
-                        config_name: str = "config") -> str:
+def explain_hydra_error(
+    error: BaseException, conf_dir=None, *, overrides: Sequence[str] | None = None, config_name: str = "config"
+) -> str:
     """One sentence for an error Hydra or OmegaConf raised while composing or resolving.
 
     conf_dir   the conf/ folder; with it the nearest name is looked up among the options and keys that exist
@@ -159,8 +163,11 @@ def _missing_config(error, text, conf_dir, given, config_name) -> str | None:
     head = f"Experiment '{name}' does not exist" if group == "experiment" else f"{group}={name} does not exist"
     if not options and conf_dir is not None and not (conf_dir / group).is_dir():
         return f"Config group '{group}' does not exist{within}. {nearest(group, _group_names(conf_dir))}".rstrip()
-    listing = f"List them with: ls conf/{group}" if len(options) > 12 or group == "experiment" else (
-        f"Options: {', '.join(options)}.")
+    listing = (
+        f"List them with: ls conf/{group}"
+        if len(options) > 12 or group == "experiment"
+        else (f"Options: {', '.join(options)}.")
+    )
     return f"{head}{within}. {nearest(name, options)}{listing}"
 
 
@@ -173,14 +180,17 @@ def _group(error, text, conf_dir, given, config_name) -> str | None:
         if plusless:
             return f"An experiment is added with a plus. Write +{plusless[0]}"
         if not any("experiment=" in override for override in given):
-            return ("No experiment given. Run: python -m projects.run +experiment=<name>. "
-                    "List them with: ls conf/experiment")
+            return (
+                "No experiment given. Run: python -m projects.run +experiment=<name>. "
+                "List them with: ls conf/experiment"
+            )
         return f"No {found[1]} chosen. Give {found[1]}=<name>. Options: {', '.join(options)}."
     found = re.search(r"Did you mean to override ([^?\s]+)\?", text)
     if found and found[1] != "experiment@_global_":
         return f"That group has another package here. Did you mean {found[1]}=...?"
-    found = re.search(r"Could not override '([^'@]+)(?:@([^']+))?'\.\s*(?:No match in the defaults list|Did you mean)",
-                      text)
+    found = re.search(
+        r"Could not override '([^'@]+)(?:@([^']+))?'\.\s*(?:No match in the defaults list|Did you mean)", text
+    )
     if found:
         group = found[1]
         name = next((o.partition("=")[2] for o in given if o.lstrip("+~").partition("=")[0] == group), "<name>")
@@ -188,10 +198,17 @@ def _group(error, text, conf_dir, given, config_name) -> str | None:
             return f"{group} is not in the defaults, so it is added with a plus. Write +{group}={name}"
         return f"Config group '{group}' does not exist. {nearest(group, _group_names(conf_dir))}".rstrip()
     if "Config group override must be a string" in text:
-        wrong = [o for o in given if conf_dir and (conf_dir / o.lstrip("+~").partition("=")[0]).is_dir()
-                 and not (conf_dir / f"{o.lstrip('+~').replace('=', '/')}.yaml").is_file()]
-        return (f"{' or '.join(wrong) or 'An override'} is no option: a group needs the name of one of its files, and "
-                f"this reads as a number or true/false.")
+        wrong = [
+            o
+            for o in given
+            if conf_dir
+            and (conf_dir / o.lstrip("+~").partition("=")[0]).is_dir()
+            and not (conf_dir / f"{o.lstrip('+~').replace('=', '/')}.yaml").is_file()
+        ]
+        return (
+            f"{' or '.join(wrong) or 'An override'} is no option: a group needs the name of one of its files, and "
+            f"this reads as a number or true/false."
+        )
     found = re.search(r"Multiple values for ([\w/@.]+)\.", text)
     if found:
         return f"{found[1]} is given more than once. Keep one {found[1]}=... on the command line."
@@ -210,8 +227,11 @@ def _key(error, text, conf_dir, given, config_name) -> str | None:
     found = re.search(r"An item is already at '([^']+)'", text)
     if found:
         return f"{found[1]} exists already, so it is set without a plus. Write {found[1]}=..."
-    found = (re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
-             if "is not in struct" in text or "Could not override" in text else None)
+    found = (
+        re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+        if "is not in struct" in text or "Could not override" in text
+        else None
+    )
     if not found:
         return None
     path = found[1]
@@ -242,8 +262,9 @@ def _signature(place) -> list[str]:
     from common.targets import resolve
 
     try:
-        return [name for name in inspect.signature(resolve(place["_target_"])).parameters
-                if name not in ("args", "kwargs")]
+        return [
+            name for name in inspect.signature(resolve(place["_target_"])).parameters if name not in ("args", "kwargs")
+        ]
     except (TypeError, KeyError, ValueError):
         return []
 
@@ -258,10 +279,13 @@ def _syntax(error, text, conf_dir, given, config_name) -> str | None:
         if "=" not in override and not override.startswith("~"):
             return f"'{override}' is not an override. Write key=value, for instance trainer.max_steps=10"
         key = override.partition("=")[0]
-        return (f"The value in '{override}' cannot be read. Quote it twice if it holds , : [ ] {{ }} = or spaces: "
-                f"'{key}=\"...\"'")
-    found = (re.search(r"Sweep parameters '([^']+)' requires --multirun", text)
-             or re.search(r"Ambiguous value for argument '([^']+)'", text))
+        return (
+            f"The value in '{override}' cannot be read. Quote it twice if it holds , : [ ] {{ }} = or spaces: "
+            f"'{key}=\"...\"'"
+        )
+    found = re.search(r"Sweep parameters '([^']+)' requires --multirun", text) or re.search(
+        r"Ambiguous value for argument '([^']+)'", text
+    )
     if found:
         return f"'{found[1]}' lists several values: that is a sweep. Add -m, or quote the value."
     return None
@@ -290,8 +314,11 @@ def _value(error, text, conf_dir, given, config_name) -> str | None:
     if found:
         cause = str(error.__cause__).splitlines()[0] if error.__cause__ else "it does not fit"
         return f"'{found[1]}' cannot be used: {cause.rstrip('.')}."
-    found = re.search(r"(while (?:parsing|scanning)[^\n]*|mapping values are not allowed here|"
-                      r"found [^\n]*|could not find expected[^\n]*)", text)
+    found = re.search(
+        r"(while (?:parsing|scanning)[^\n]*|mapping values are not allowed here|"
+        r"found [^\n]*|could not find expected[^\n]*)",
+        text,
+    )
     mark = re.search(r'in "([^"]+)", line (\d+)', text)
     if mark:
         path = Path(mark[1])

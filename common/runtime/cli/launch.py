@@ -16,11 +16,40 @@ VERBS = ("fit", "test", "sample", "export", "plan")
 # Overrides that change what is done with a run, not the run itself: the same training may be continued, evaluated and
 # sampled under any of them, so they do not enter the run's name.
 NEUTRAL = (
-    "task", "seed", "resume", "run.", "paths.", "sample.", "sampler@sample", "evaluate.", "evaluate=", "logger",
-    "table", "callbacks", "published", "plan.", "hydra", "trainer.max_steps", "trainer.devices", "trainer.num_nodes",
-    "trainer=", "trainer.accelerator", "trainer.strategy", "trainer.enable_progress_bar", "trainer.log_every_n_steps",
-    "data.root", "data.num_workers", "speed.threads", "debug", "+debug", "+experiment", "experiment", "needs.",
-    "init.hint", "sampler@evaluate", "guidance=",
+    "task",
+    "seed",
+    "resume",
+    "run.",
+    "paths.",
+    "sample.",
+    "sampler@sample",
+    "evaluate.",
+    "evaluate=",
+    "logger",
+    "table",
+    "callbacks",
+    "published",
+    "plan.",
+    "hydra",
+    "trainer.max_steps",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer=",
+    "trainer.accelerator",
+    "trainer.strategy",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "data.root",
+    "data.num_workers",
+    "speed.threads",
+    "debug",
+    "+debug",
+    "+experiment",
+    "experiment",
+    "needs.",
+    "init.hint",
+    "sampler@evaluate",
+    "guidance=",
 )
 
 
@@ -58,23 +87,25 @@ def help_text(conf: Path) -> str:
         lines = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("# ")]
         rows.append(f"  {path.stem:<28} {next((line for line in lines if not line.startswith('@')), '')}")
     sections = sorted(p.name for p in conf.iterdir() if p.is_dir())
-    return "\n".join([
-        "usage: python -m projects.run +experiment=<name> [task=<verb>] [key=value ...] [-m]",
-        "",
-        "  task=fit      train, or continue the newest complete checkpoint (default)",
-        "  task=test     the paper's metrics beside the published numbers",
-        "  task=sample   what the network makes: images (grid, PNGs, npz), predictions, text, reconstructions",
-        "  task=export   safetensors + configuration that load without Hydra",
-        "  task=plan     parameters, FLOPs and memory, without allocating anything",
-        "  -m            sweep over comma-separated values; table and plot at the end",
-        "  --cfg job     print the composed configuration; --hydra-help for the rest of Hydra",
-        "",
-        "experiments (conf/experiment):",
-        *rows,
-        "",
-        f"config groups (conf/): {', '.join(sections)}",
-        "every key can be overridden: data.batch_size=64 trainer=gpu logger=wandb project.optimizer.lr=3e-4",
-    ])
+    return "\n".join(
+        [
+            "usage: python -m projects.run +experiment=<name> [task=<verb>] [key=value ...] [-m]",
+            "",
+            "  task=fit      train, or continue the newest complete checkpoint (default)",
+            "  task=test     the paper's metrics beside the published numbers",
+            "  task=sample   what the network makes: images (grid, PNGs, npz), predictions, text, reconstructions",
+            "  task=export   safetensors + configuration that load without Hydra",
+            "  task=plan     parameters, FLOPs and memory, without allocating anything",
+            "  -m            sweep over comma-separated values; table and plot at the end",
+            "  --cfg job     print the composed configuration; --hydra-help for the rest of Hydra",
+            "",
+            "experiments (conf/experiment):",
+            *rows,
+            "",
+            f"config groups (conf/): {', '.join(sections)}",
+            "every key can be overridden: data.batch_size=64 trainer=gpu logger=wandb project.optimizer.lr=3e-4",
+        ]
+    )
 
 
 def explain(error: Exception, conf: Path) -> tuple[str | None, int]:

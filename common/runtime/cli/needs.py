@@ -49,7 +49,11 @@ def ensure(name: str, need: dict, *, seed: int, paths: dict, say=print) -> dict:
         if not is_usable(folder):
             say(f"[{name}] no usable {need['experiment']} run in {folder}: training it first", flush=True)
             command = [
-                sys.executable, "-m", "projects.run", f"+experiment={need['experiment']}", f"seed={seed}",
+                sys.executable,
+                "-m",
+                "projects.run",
+                f"+experiment={need['experiment']}",
+                f"seed={seed}",
                 override("run.dir", folder.resolve()),
                 *(override(f"paths.{key}", Path(value).resolve()) for key, value in paths.items()),
                 *need.get("overrides", []),

@@ -20,9 +20,9 @@ def equilibria(net: nn.Module) -> list[DEQ]:
 class SolverTotals:
     """Sums over every solve of a network's equilibria inside the `with` block; nothing is read from the device.
 
-        with SolverTotals(net) as totals:
-            ...
-        totals.sums   {nfe, residual, converged: (sum over samples, samples)}; empty without equilibria
+    with SolverTotals(net) as totals:
+        ...
+    totals.sums   {nfe, residual, converged: (sum over samples, samples)}; empty without equilibria
     """
 
     def __init__(self, net: nn.Module):

@@ -27,6 +27,7 @@ COLOURS = ("#2b5c8a", "#c2571a", "#3c7d4f", "#8a3c6b", "#6b6b6b", "#b08c1e")
 # ---------------------------------------------------------------------------------------------------------------------
 # Environment
 
+
 def git(*arguments: str, root: Path = ROOT) -> str | None:
     """stdout of a git command in the repository, or None outside one."""
     try:
@@ -88,8 +89,18 @@ def _cpu_model() -> str:
 RESULT = "result.json"
 
 
-def write_result(run_dir, *, experiment: str, task: str, overrides: Sequence[str], seed: int, step: int,
-                 wall_time_s: float, metrics: Mapping, objective: float | None = None) -> Path:
+def write_result(
+    run_dir,
+    *,
+    experiment: str,
+    task: str,
+    overrides: Sequence[str],
+    seed: int,
+    step: int,
+    wall_time_s: float,
+    metrics: Mapping,
+    objective: float | None = None,
+) -> Path:
     """Writes `<run_dir>/result.json`, what sweeps, claims and tables read, and returns its path.
 
     metrics    name -> number, `Measurement`, or {"value": number, "record": dict | None}
@@ -98,8 +109,14 @@ def write_result(run_dir, *, experiment: str, task: str, overrides: Sequence[str
     """
     run_dir = Path(run_dir)
     result = {
-        "experiment": experiment, "task": task, "overrides": list(overrides), "seed": seed, "step": step,
-        **environment(), "wall_time_s": round(float(wall_time_s), 3), "objective": _number(objective),
+        "experiment": experiment,
+        "task": task,
+        "overrides": list(overrides),
+        "seed": seed,
+        "step": step,
+        **environment(),
+        "wall_time_s": round(float(wall_time_s), 3),
+        "objective": _number(objective),
         "metrics": {name: _metric(value) for name, value in metrics.items()},
         "run_dir": os.path.relpath(run_dir, Path.cwd()),
     }
@@ -133,6 +150,7 @@ def _number(value) -> float | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
+
 
 def show(value) -> str:
     """A cell: four significant digits, seconds and counts as they are, "-" for nothing."""
@@ -189,8 +207,9 @@ def write_table(folder, name: str, rows: Sequence[Mapping]) -> list[Path]:
     return [folder / f"{name}.csv", folder / f"{name}.md"]
 
 
-def comparison_table(rows: Sequence[Mapping], folder, *, title: str = "Comparison", name: str = "comparison",
-                     console=None) -> list[Path]:
+def comparison_table(
+    rows: Sequence[Mapping], folder, *, title: str = "Comparison", name: str = "comparison", console=None
+) -> list[Path]:
     """The closing table of an experiment: prints it, writes it as CSV and Markdown, returns the paths.
 
     rows  one dict per line: `label`, then any values, `steps`, `wall_time_s` (seconds); missing cells print as "-"
@@ -202,6 +221,7 @@ def comparison_table(rows: Sequence[Mapping], folder, *, title: str = "Compariso
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Curves
+
 
 def read_curves(metrics_csv) -> dict[str, tuple[list[int], list[float]]]:
     """metric -> (steps, values) from a metrics.csv with a `step` column, sparse rows and repeated steps allowed.
@@ -239,13 +259,13 @@ def plot_curves(metrics_csv, folder) -> list[Path]:
     curves = read_curves(metrics_csv)
     chosen = {
         "loss": {key: curve for key, curve in curves.items() if "loss" in key.rpartition("/")[2].lower()},
-        "fd": {key: curve for key, curve in curves.items()
-               if key.rpartition("/")[2].lower().startswith(("fd", "fid"))},
+        "fd": {key: curve for key, curve in curves.items() if key.rpartition("/")[2].lower().startswith(("fd", "fid"))},
     }
     # Lightning logs one value as x, x_step and x_epoch; the plain or per-step one says it all
     loss = chosen["loss"]
-    chosen["loss"] = {k: c for k, c in loss.items()
-                      if not (k.endswith("_epoch") and (k[:-6] in loss or f"{k[:-6]}_step" in loss))}
+    chosen["loss"] = {
+        k: c for k, c in loss.items() if not (k.endswith("_epoch") and (k[:-6] in loss or f"{k[:-6]}_step" in loss))
+    }
     written = []
     for name, lines in chosen.items():
         if lines:
@@ -255,8 +275,7 @@ def plot_curves(metrics_csv, folder) -> list[Path]:
     return written
 
 
-def plot_lines(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], path, *, xlabel: str,
-               ylabel: str) -> None:
+def plot_lines(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], path, *, xlabel: str, ylabel: str) -> None:
     """One PNG with a line per entry; the y axis is logarithmic when the values are positive and span a lot.
 
     `val/x` and `test/x` share a colour (line, and diamond for the final number), `.../x_floor` is a dashed level, and
@@ -291,7 +310,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of each value and the ones before it, at most `window` of them."""
     means = []
     for index in range(len(values)):
-        part = values[max(0, index + 1 - window):index + 1]
+        part = values[max(0, index + 1 - window) : index + 1]
         means.append(sum(part) / len(part))
     return means
 

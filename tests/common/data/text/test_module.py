@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 from common.data.text.corpus import Bytes, PlainText, Words
 from common.data.text.module import IGNORED, Streams, TextDataModule, TrainBatches
 from common.errors import UserError
-from common.runtime.cli.check import 
 from common.targets import resolve
 
 

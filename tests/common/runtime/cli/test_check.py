@@ -28,10 +28,22 @@ class Child(Base):
 
 
 class Loss:
-    def __init__(self, *, q: float, kind: Literal["l2", "huber"] = "l2", stages: int = 8, net: Base | None = None,
-                 optimizer: Callable[..., object] | None = None, betas: Sequence[float] = (0.9, 0.99),
-                 table: Mapping[str, int] | None = None, name: str = "a", flag: bool = False,
-                 size: tuple[int, int] = (1, 1), free=None, late: "Later | None" = None):
+    def __init__(
+        self,
+        *,
+        q: float,
+        kind: Literal["l2", "huber"] = "l2",
+        stages: int = 8,
+        net: Base | None = None,
+        optimizer: Callable[..., object] | None = None,
+        betas: Sequence[float] = (0.9, 0.99),
+        table: Mapping[str, int] | None = None,
+        name: str = "a",
+        flag: bool = False,
+        size: tuple[int, int] = (1, 1),
+        free=None,
+        late: "Later | None" = None,
+    ):
         pass
 
 
@@ -69,19 +81,44 @@ def message(config, **options) -> str:
 
 
 def test_a_correct_configuration_passes():
-    check({"project": node(q=1, kind="huber", betas=[0.9, 1], table={"a": 1}, size=[3, 4], free={"any": ["thing"]},
-                           net=node("Child", width=2), optimizer=node("Child", _partial_=True), late=None)})
+    check(
+        {
+            "project": node(
+                q=1,
+                kind="huber",
+                betas=[0.9, 1],
+                table={"a": 1},
+                size=[3, 4],
+                free={"any": ["thing"]},
+                net=node("Child", width=2),
+                optimizer=node("Child", _partial_=True),
+                late=None,
+            )
+        }
+    )
     check(OmegaConf.create({"q": 0.5, "project": node(q="${q}", net=node("make_child"), _convert_="all")}))
     check({"x": [{"deep": node("positional", _args_=[1], anything="goes")}]})
     check({"optimizer": {"_target_": "torch.optim.RAdam", "_partial_": True, "lr": 1e-4, "betas": [0.9, 0.99]}})
-    check({"trainer": {"_target_": "lightning.pytorch.Trainer", "max_steps": 3, "devices": 1, "precision": "bf16-mixed",
-                       "accelerator": "cpu", "gradient_clip_val": None}})
+    check(
+        {
+            "trainer": {
+                "_target_": "lightning.pytorch.Trainer",
+                "max_steps": 3,
+                "devices": 1,
+                "precision": "bf16-mixed",
+                "accelerator": "cpu",
+                "gradient_clip_val": None,
+            }
+        }
+    )
 
 
 def test_an_unknown_key_is_named_with_the_nearest_and_all_options():
     text = message({"project": {"loss": node(q=1.0, stagse=3)}})
-    assert text == ("project.loss.stagse is not an option of projects.toy_check.Loss. Closest: stages. Options: "
-                    "q, kind, stages, net, optimizer, betas, table, name, flag, size, free, late.")
+    assert text == (
+        "project.loss.stagse is not an option of projects.toy_check.Loss. Closest: stages. Options: "
+        "q, kind, stages, net, optimizer, betas, table, name, flag, size, free, late."
+    )
 
 
 def test_a_key_at_the_wrong_level_is_found_further_down():
@@ -97,29 +134,36 @@ def test_a_missing_key_is_named_unless_partial_or_supplied():
     assert "a (an integer) is missing" in message({"f": node("positional")})
 
 
-@pytest.mark.parametrize(("key", "value", "expected"), [
-    ("stages", "8", "loss.stages must be an integer, got '8' (text)."),
-    ("stages", True, "loss.stages must be an integer, got true."),
-    ("stages", 8.0, "loss.stages must be an integer, got 8.0. Write 8."),
-    ("stages", None, "loss.stages must be an integer, got null. null is not allowed here."),
-    ("q", "1e-4", "loss.q must be a number, got '1e-4' (text). It is text; YAML writes floats unquoted and with a "
-                  "point, like 1.0e-4: write 0.0001."),
-    ("q", "abc", "loss.q must be a number, got 'abc' (text)."),
-    ("q", True, "loss.q must be a number, got true."),
-    ("kind", "l3", "loss.kind must be one of 'l2', 'huber', got 'l3' (text). Closest: l2."),
-    ("flag", "yes", "loss.flag must be true or false, got 'yes' (text). Write true or false."),
-    ("flag", 1, "loss.flag must be true or false, got 1. Write true or false."),
-    ("name", 3, "loss.name must be text, got 3. Quote it: '3'."),
-    ("betas", 0.9, "loss.betas must be a list of numbers, got 0.9. Write a list: [0.9]."),
-    ("betas", [0.9, "x"], "Element 1 is 'x' (text), not a number."),
-    ("size", [1, 2, 3], "It has 3 elements."),
-    ("table", {"a": 1, "b": "c"}, "Entry 'b' is 'c' (text)."),
-    ("net", 3, "loss.net must be a Base or null, got 3."),
-    ("net", {"_target_": "projects.toy_check.Later"}, "projects.toy_check.Later builds a Later."),
-    ("net", {"_target_": "projects.toy_check.Child", "_partial_": True}, "drop _partial_."),
-    ("optimizer", {"_target_": "projects.toy_check.Child"}, "cannot be called; add _partial_: true."),
-    ("optimizer", "Adam", "Give a node with _target_ and _partial_: true."),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("stages", "8", "loss.stages must be an integer, got '8' (text)."),
+        ("stages", True, "loss.stages must be an integer, got true."),
+        ("stages", 8.0, "loss.stages must be an integer, got 8.0. Write 8."),
+        ("stages", None, "loss.stages must be an integer, got null. null is not allowed here."),
+        (
+            "q",
+            "1e-4",
+            "loss.q must be a number, got '1e-4' (text). It is text; YAML writes floats unquoted and with a "
+            "point, like 1.0e-4: write 0.0001.",
+        ),
+        ("q", "abc", "loss.q must be a number, got 'abc' (text)."),
+        ("q", True, "loss.q must be a number, got true."),
+        ("kind", "l3", "loss.kind must be one of 'l2', 'huber', got 'l3' (text). Closest: l2."),
+        ("flag", "yes", "loss.flag must be true or false, got 'yes' (text). Write true or false."),
+        ("flag", 1, "loss.flag must be true or false, got 1. Write true or false."),
+        ("name", 3, "loss.name must be text, got 3. Quote it: '3'."),
+        ("betas", 0.9, "loss.betas must be a list of numbers, got 0.9. Write a list: [0.9]."),
+        ("betas", [0.9, "x"], "Element 1 is 'x' (text), not a number."),
+        ("size", [1, 2, 3], "It has 3 elements."),
+        ("table", {"a": 1, "b": "c"}, "Entry 'b' is 'c' (text)."),
+        ("net", 3, "loss.net must be a Base or null, got 3."),
+        ("net", {"_target_": "projects.toy_check.Later"}, "projects.toy_check.Later builds a Later."),
+        ("net", {"_target_": "projects.toy_check.Child", "_partial_": True}, "drop _partial_."),
+        ("optimizer", {"_target_": "projects.toy_check.Child"}, "cannot be called; add _partial_: true."),
+        ("optimizer", "Adam", "Give a node with _target_ and _partial_: true."),
+    ],
+)
 def test_a_wrong_type_is_one_sentence_with_the_fix(key, value, expected):
     text = message({"loss": node(**{"q": 1.0, key: value})})
     assert expected in text and "\n" not in text
@@ -146,26 +190,46 @@ def test_all_problems_are_listed_one_per_line():
     assert len(message({"a": node(q="x", stagse=1), "b": node("Child", widht=3)}).splitlines()) == 3
 
 
-SCHEMA = {"seed": 0, "run": {"dir": "outputs", "keep": 2}, "project": {"_target_": "x"}, "free": OPEN,
-          "callbacks": {"grid": {"_target_": "x"}, "ema": {"_target_": "x"}}, "nothing": None, "needs": {}}
+SCHEMA = {
+    "seed": 0,
+    "run": {"dir": "outputs", "keep": 2},
+    "project": {"_target_": "x"},
+    "free": OPEN,
+    "callbacks": {"grid": {"_target_": "x"}, "ema": {"_target_": "x"}},
+    "nothing": None,
+    "needs": {},
+}
 
 
-@pytest.mark.parametrize(("config", "expected"), [
-    ({"trainr": {"max_steps": 3}, "seed": 1}, "trainr is not a section of the configuration."),
-    ({"run": {"dri": "x"}}, "run.dri is not an option of run. Closest: dir. Options: dir, keep."),
-    ({"seed": "abc"}, "seed must be an integer, got 'abc' (text)."),
-    ({"run": 3}, "run is a section (keys: dir, keep), got 3."),
-    ({"callbacks": {"grd": {"every": 3}}}, "callbacks.grd has no _target_, so it is not an entry of callbacks. "
-                                           "Closest: grid. Entries: grid, ema."),
-])
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"trainr": {"max_steps": 3}, "seed": 1}, "trainr is not a section of the configuration."),
+        ({"run": {"dri": "x"}}, "run.dri is not an option of run. Closest: dir. Options: dir, keep."),
+        ({"seed": "abc"}, "seed must be an integer, got 'abc' (text)."),
+        ({"run": 3}, "run is a section (keys: dir, keep), got 3."),
+        (
+            {"callbacks": {"grd": {"every": 3}}},
+            "callbacks.grd has no _target_, so it is not an entry of callbacks. Closest: grid. Entries: grid, ema.",
+        ),
+    ],
+)
 def test_sections_without_target_follow_the_schema(config, expected):
     assert expected in message(config, schema=SCHEMA)
 
 
 def test_the_schema_leaves_open_sections_named_objects_and_nulls_free():
-    check({"free": {"a": {"b": 1}}, "callbacks": {"grid": None, "mine": node("Child")}, "nothing": 3, "seed": None,
-           "needs": {"teacher": {"experiment": "x"}},
-           "project": node(q=1.0)}, schema=SCHEMA)
+    check(
+        {
+            "free": {"a": {"b": 1}},
+            "callbacks": {"grid": None, "mine": node("Child")},
+            "nothing": 3,
+            "seed": None,
+            "needs": {"teacher": {"experiment": "x"}},
+            "project": node(q=1.0),
+        },
+        schema=SCHEMA,
+    )
     assert "Closest: seed." in message({"sed": 1}, schema={"seed", "task"})
 
 
@@ -175,9 +239,13 @@ def test_missing_values_and_broken_interpolations():
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-                    max_leaves=6))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=6,
+    )
+)
 def test_agreement_with_isinstance_on_plain_types(value):
     real = isinstance(value, int | float) and not isinstance(value, bool)
     assert (mismatch(value, float) is None) == real
@@ -191,18 +259,19 @@ def test_agreement_with_isinstance_on_plain_types(value):
 # ---------------------------------------------------------------------------------------------------------------------
 # Hydra's own errors
 
+
 @pytest.fixture
 def conf(tmp_path) -> Path:
     files = {
         "config.yaml": "defaults: [_self_, {project: '???'}, {data: digits}, {callbacks: default}]\nseed: 1\n"
-                       "run: {dir: outputs, name: a}\n",
+        "run: {dir: outputs, name: a}\n",
         "project/toy.yaml": "_target_: projects.toy_check.Loss\nq: 1.0\nstages: 4\n",
         "data/digits.yaml": "_target_: projects.toy_check.Child\nwidth: 3\n",
         "callbacks/default.yaml": "grid: {_target_: projects.toy_check.Child}\n",
         "debug/fast.yaml": "# @package _global_\nseed: 2\n",
         "experiment/toy_tiny.yaml": "# @package _global_\ndefaults: [override /project: toy, _self_]\n",
         "experiment/toy_typo.yaml": "# @package _global_\ndefaults: [override /project: toy, _self_]\n"
-                                    "project: {stagse: 3}\ntrainr: 3\n",
+        "project: {stagse: 3}\ntrainr: 3\n",
         "experiment/toy_lost.yaml": "# @package _global_\ndefaults: [override /project: tyo, _self_]\n",
         "experiment/toy_yaml.yaml": "seed: 1\na: b: c\n",
     }
@@ -221,30 +290,39 @@ def composed(conf, *overrides):
 TOY = "+experiment=toy_tiny"
 
 
-@pytest.mark.parametrize(("overrides", "expected"), [
-    ([], "No experiment given. Run: python -m projects.run +experiment=<name>. List them with: ls conf/experiment"),
-    (["experiment=toy_tiny"], "An experiment is added with a plus. Write +experiment=toy_tiny"),
-    (["+experiment=toy_tny"], "Experiment 'toy_tny' does not exist. Closest: toy_tiny. List them with: "
-                               "ls conf/experiment"),
-    (["+experiment=toy_lost"], "project=tyo does not exist. Closest: toy. Options: toy."),
-    (["+experiment=toy_yaml"], "conf/experiment/toy_yaml.yaml, line 2, is not valid YAML: mapping values are not "
-                               "allowed here."),
-    ([TOY, "data=digist"], "data=digist does not exist. Closest: digits. Options: digits."),
-    ([TOY, "project.stagse=3"], "project.stagse is not an option of projects.toy_check.Loss. Closest: "
-                                "project.stages. Options: q, kind,"),
-    ([TOY, "widht=3"], "widht is not a section of the configuration. Closest: data.width."),
-    ([TOY, "project.flag=true"], "To set it, add it with a plus: +project.flag=..."),
-    ([TOY, "projct.q=3"], "projct is not a section of the configuration. Closest: project. Options: seed, run,"),
-    ([TOY, "run.dir.x=3"], "run.dir is one value, not a section, so run.dir.x cannot be set. Give run.dir=..."),
-    ([TOY, "debug=fast"], "debug is not in the defaults, so it is added with a plus. Write +debug=fast"),
-    ([TOY, "+debug=fst"], "debug=fst does not exist. Closest: fast. Options: fast."),
-    ([TOY, "+debug=nan"], "+debug=nan is no option: a group needs the name of one of its files"),
-    ([TOY, "+seed=3"], "seed exists already, so it is set without a plus. Write seed=..."),
-    ([TOY, "~sed"], "~sed removes nothing: there is no such entry. Drop that override."),
-    ([TOY, "fast"], "'fast' is not an override. Write key=value, for instance trainer.max_steps=10"),
-    ([TOY, "run.name=[1"], "The value in 'run.name=[1' cannot be read."),
-    ([TOY, "seed=1,2"], "'seed=1,2' lists several values: that is a sweep. Add -m, or quote the value."),
-])
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "No experiment given. Run: python -m projects.run +experiment=<name>. List them with: ls conf/experiment"),
+        (["experiment=toy_tiny"], "An experiment is added with a plus. Write +experiment=toy_tiny"),
+        (
+            ["+experiment=toy_tny"],
+            "Experiment 'toy_tny' does not exist. Closest: toy_tiny. List them with: ls conf/experiment",
+        ),
+        (["+experiment=toy_lost"], "project=tyo does not exist. Closest: toy. Options: toy."),
+        (
+            ["+experiment=toy_yaml"],
+            "conf/experiment/toy_yaml.yaml, line 2, is not valid YAML: mapping values are not allowed here.",
+        ),
+        ([TOY, "data=digist"], "data=digist does not exist. Closest: digits. Options: digits."),
+        (
+            [TOY, "project.stagse=3"],
+            "project.stagse is not an option of projects.toy_check.Loss. Closest: project.stages. Options: q, kind,",
+        ),
+        ([TOY, "widht=3"], "widht is not a section of the configuration. Closest: data.width."),
+        ([TOY, "project.flag=true"], "To set it, add it with a plus: +project.flag=..."),
+        ([TOY, "projct.q=3"], "projct is not a section of the configuration. Closest: project. Options: seed, run,"),
+        ([TOY, "run.dir.x=3"], "run.dir is one value, not a section, so run.dir.x cannot be set. Give run.dir=..."),
+        ([TOY, "debug=fast"], "debug is not in the defaults, so it is added with a plus. Write +debug=fast"),
+        ([TOY, "+debug=fst"], "debug=fst does not exist. Closest: fast. Options: fast."),
+        ([TOY, "+debug=nan"], "+debug=nan is no option: a group needs the name of one of its files"),
+        ([TOY, "+seed=3"], "seed exists already, so it is set without a plus. Write seed=..."),
+        ([TOY, "~sed"], "~sed removes nothing: there is no such entry. Drop that override."),
+        ([TOY, "fast"], "'fast' is not an override. Write key=value, for instance trainer.max_steps=10"),
+        ([TOY, "run.name=[1"], "The value in 'run.name=[1' cannot be read."),
+        ([TOY, "seed=1,2"], "'seed=1,2' lists several values: that is a sweep. Add -m, or quote the value."),
+    ],
+)
 def test_composition_errors_become_one_sentence(conf, overrides, expected):
     with pytest.raises(Exception) as error:
         composed(conf, *overrides)
@@ -270,6 +348,7 @@ def test_an_error_hydra_does_not_explain_keeps_its_first_line():
 def test_importing_the_check_is_light():
     heavy = "('torch', 'lightning', 'hydra')"
     code = f"import sys, common.runtime.cli.check; print([m for m in {heavy} if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                         cwd=Path(__file__).parents[4])
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[4]
+    )
     assert run.stdout.strip() == "[]"

@@ -107,13 +107,22 @@ def test_a_second_run_waits_and_uses_the_first_ones(need, commands, tmp_path):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.text(st.sampled_from("/ab ='\\",) | st.characters(codec="utf-8", exclude_characters="$\0\n\r"), min_size=1))
+@given(
+    st.text(
+        st.sampled_from(
+            "/ab ='\\",
+        )
+        | st.characters(codec="utf-8", exclude_characters="$\0\n\r"),
+        min_size=1,
+    )
+)
 def test_any_path_survives_the_override_grammar(path):
     assert OverridesParser.create().parse_override(override("run.dir", path)).value() == path
 
 
 def test_the_real_thing(composed, tmp_path, capfd):
     """ECT trains its teacher in a process of its own, starts from its weights, and reuses it the next time."""
+
     def cfg(name: str):
         made = composed(tmp_path / name, "~needs.random", "table=[]", "trainer.max_steps=2", experiment="ect_tiny")
         small = ["project.net.model.width=16", "project.net.model.depth=1", "evaluate=none", "callbacks.pictures=null"]

@@ -65,7 +65,7 @@ def test_the_reference_is_the_split_asked_for(run):
 
 def test_statistics_in_a_file_take_the_place_of_the_images(run, tmp_path):
     usual = Evaluation(**options(cache_dir=str(tmp_path))).run(run.module, run.data)["fd_pixels_one_step"]
-    kept, = tmp_path.glob("reference-digits-train-*-pixels-*.npz")
+    (kept,) = tmp_path.glob("reference-digits-train-*-pixels-*.npz")
     record = Evaluation(**options(statistics=str(kept))).run(run.module, None)["fd_pixels_one_step"]
     assert record.value == usual.value and record.reference.startswith(kept.name)
     with pytest.raises(UserError, match="precision_recall needs images"):
