@@ -16,6 +16,8 @@ LOW = {"deq", "diffusion", "ham", "losses", "nets", "optim"}
 LAYERS = {
     **{name: (BASE, LOW) for name in LOW},
     "nets": (BASE | {"triton"}, LOW),
+    # the names of the torchdeq library over common.deq; nothing of ours imports it
+    "torchdeq": (BASE, {"deq", "torchdeq"}),
     # diffusers: optional, for the autoencoder of latents
     "weights": (BASE | {"safetensors", "diffusers"}, LOW | {"weights"}),
     "data": (BASE | {"lightning", "PIL", "sklearn", "skimage", "safetensors"}, {"data"}),
@@ -33,9 +35,14 @@ LAYERS = {
         LOW | {"weights", "data", "metrics", "runtime", "tasks"},
     ),
 }
-SHARED = {"errors", "files"}  # modules of common everybody may use
+# Rooms of the runtime: training stands below the two others, which use each other.
+ROOMS = {"cli": {"cli", "verbs", "training"}, "verbs": {"cli", "verbs", "training"}, "training": {"training"}}
+# The ground floor: modules everybody may use -> third party they may import; they import each other alone.
+FLOOR = {"errors": set(), "files": set(), "targets": set(), "limits": set(), "tensors": {"torch"}}
+# Old import paths that stay: file -> what it hands on
+ALIASES = {"common/deq/torchdeq_api.py": "common.torchdeq.api"}
 HEAVY = {"torch", "torchvision", "timm", "lightning", "scipy", "sklearn", "matplotlib", "numpy", "safetensors"}
-LIGHT_FILES = ("projects/run.py", "common/runtime/launch.py", "common/runtime/check.py", "common/errors.py")
+LIGHT_FILES = ("projects/run.py", "common/runtime/cli/launch.py", "common/runtime/cli/check.py", "common/errors.py")
 
 
 def python_files(*folders):
@@ -117,15 +124,26 @@ def _why_not(parts: tuple[str, ...], module: list[str]) -> str | None:
 
 def _why_not_in_common(parts: tuple[str, ...], module: list[str]) -> str | None:
     layer = parts[1]
-    if layer in SHARED:
-        return (
-            None if module[0] == "common" and module[1] in SHARED else "errors and files use the standard library only"
-        )
+    own = module[0] == "common" and len(module) > 1
+    if layer in FLOOR:
+        known = module[1] in FLOOR if own else module[0] in FLOOR[layer]
+        return None if known else f"common.{layer} is of the ground floor: {', '.join(FLOOR)} and its own third party"
+    if ALIASES.get("/".join(parts) + ".py") == ".".join(module):
+        return None
     third_party, inside = LAYERS[layer]
-    if module[0] == "common":
-        target = module[1] if len(module) > 1 else ""
-        return None if target in inside | SHARED else f"common.{layer} may use common.{{{', '.join(sorted(inside))}}}"
-    return None if module[0] in third_party else f"common.{layer} may import {', '.join(sorted(third_party))}"
+    if module[0] != "common":
+        return None if module[0] in third_party else f"common.{layer} may import {', '.join(sorted(third_party))}"
+    target = module[1] if own else ""
+    if layer == target == "runtime":
+        return _why_not_in_rooms(parts, module)
+    return None if target in inside | set(FLOOR) else f"common.{layer} may use common.{{{', '.join(sorted(inside))}}}"
+
+
+def _why_not_in_rooms(parts: tuple[str, ...], module: list[str]) -> str | None:
+    if len(module) < 3 or parts[2] not in ROOMS or module[2] not in ROOMS:
+        return None
+    below = ROOMS[parts[2]]
+    return None if module[2] in below else f"common.runtime.{parts[2]} may use {', '.join(below)} of the runtime"
 
 
 @pytest.mark.parametrize("path", python_files("common", "projects", "tools"), ids=name_of)
@@ -139,14 +157,14 @@ def test_import_directions(path):
     [
         ("common/nets/unet.py", "import lightning"),
         ("common/nets/unet.py", "from common.weights.load import load_into"),
-        ("common/nets/unet.py", "def f():\n    from common.runtime import launch"),
+        ("common/nets/unet.py", "def f():\n    from common.runtime.cli import launch"),
         ("common/diffusion/sample.py", "import safetensors"),
-        ("common/data/cifar.py", "import hydra"),
-        ("common/data/cifar.py", "from common.nets import unet"),
+        ("common/data/images/cifar.py", "import hydra"),
+        ("common/data/images/cifar.py", "from common.nets import unet"),
         ("common/metrics/fid.py", "from projects.ect import module"),
         ("common/metrics/fid.py", "import omegaconf"),
         ("common/weights/load.py", "import tools.doctor"),
-        ("common/runtime/launch.py", "import projects"),
+        ("common/runtime/cli/launch.py", "import projects"),
         ("common/errors.py", "import torch"),
         ("common/files.py", "from common.nets import unet"),
         ("projects/run.py", "from projects.ect import module"),
@@ -154,9 +172,13 @@ def test_import_directions(path):
         ("projects/ect/module.py", "import projects.edm.module"),
         ("projects/run.py", "import conf.thing"),
         ("common/deq/solve.py", "import lightning"),
-        ("common/deq/layer.py", "from common.runtime.seeding import Draws"),
-        ("common/runtime/fit.py", "from common.tasks.equilibrium import EquilibriumModule"),
-        ("common/tasks/equilibrium.py", "import hydra"),
+        ("common/deq/layer.py", "from common.runtime.training.seeding import Draws"),
+        ("common/deq/layer.py", "from common.torchdeq import api"),
+        ("common/runtime/training/ema.py", "from common.runtime.verbs import fit"),
+        ("common/limits.py", "import torch"),
+        ("common/limits.py", "from common.nets import unet"),
+        ("common/runtime/verbs/fit.py", "from common.tasks.segmentation import Segmentation"),
+        ("common/tasks/segmentation.py", "import hydra"),
         ("common/nets/unet.py", "from . import layers"),
         ("common/nets/unet.py", "import importlib\nimportlib.import_module('hydra')"),
     ],
@@ -170,14 +192,37 @@ def test_the_rule_catches(file, line):
     [
         ("common/nets/unet.py", "import math\nimport torch\nfrom common.nets.layers import Conv2d"),
         ("projects/ect/module.py", "from projects.ect.method import f\nfrom common.losses import consistency"),
-        ("common/runtime/launch.py", "import hydra\nfrom common.metrics.fid import fid"),
+        ("common/runtime/cli/launch.py", "import hydra\nfrom common.metrics.fid import fid"),
         ("common/nets/mdeq.py", "from common.deq.layer import DEQ"),
-        ("common/tasks/equilibrium.py", "from lightning.pytorch import Callback\nfrom common.runtime import module"),
-        ("tools/doctor.py", "from common.data import cifar\nimport rich"),
+        ("common/tasks/graph.py", "from lightning.pytorch import Callback\nfrom common.runtime.training import module"),
+        ("tools/doctor.py", "from common.data.images import cifar\nimport rich"),
     ],
 )
 def test_the_rule_allows(file, line):
     assert not wrong_imports(file, line)
+
+
+def modules(*folders) -> dict[str, Path]:
+    """Dotted name -> file of every module below the folders, packages' own files left out."""
+    files = (path for path in python_files(*folders) if path.name != "__init__.py")
+    return {".".join(path.relative_to(REPO).with_suffix("").parts): path for path in files}
+
+
+def import_graph(files: dict[str, Path]) -> dict[str, set[str]]:
+    """Module -> the modules among `files` it imports anywhere in its source."""
+    graph = {}
+    for name, path in files.items():
+        named = {module for _, module in imports(path.read_text(encoding="utf-8"))}
+        graph[name] = {m for entry in named for m in (entry, entry.rpartition(".")[0]) if m in files and m != name}
+    return graph
+
+
+def test_no_import_circles():
+    """Also none through imports inside functions: what must not be imported at the top shows a wrong border."""
+    left = import_graph(modules("common", "projects", "tools"))
+    while ends := {name for name, used in left.items() if not used & left.keys()}:
+        left = {name: used for name, used in left.items() if name not in ends}
+    assert not left, f"imported in circles, or importing such a module: {', '.join(sorted(left))}"
 
 
 def test_every_package_of_common_has_a_rule():

@@ -28,6 +28,7 @@ from types import ModuleType
 
 from common.errors import UserError, nearest
 from common.files import write_json
+from common.runtime.training import figures
 from common.runtime.training.memory import peak_growth
 from common.runtime.verbs import report
 
@@ -137,7 +138,7 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
     """Bars of the median step time, a group per case and thread count."""
     groups = list(dict.fromkeys((row["case"], row["threads"]) for row in rows))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    figure, axes = report.new_figure()
+    figure, axes = figures.new_figure()
     width = 0.8 / len(variants)
     for index, variant in enumerate(variants):
         own = {(row["case"], row["threads"]): row["step s"] for row in rows if row["variant"] == variant}
@@ -147,12 +148,12 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
             [own.get(group, 0) for group in groups],
             width,
             label=variant,
-            color=report.COLOURS[index % len(report.COLOURS)],
+            color=figures.COLOURS[index % len(figures.COLOURS)],
         )
     axes.set_xticks(range(len(groups)), [f"{case}\n{n} thread{'s' * (n > 1)}" for case, n in groups])
     axes.set_ylabel("seconds per step (median)")
     figure.legend(loc="outside lower center", ncols=min(3, len(variants)), frameon=False)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def tables(name: str, rows: Sequence[Mapping]) -> list[tuple[str, list[dict]]]:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from common.errors import UserError, nearest
 from common.files import write_text
 from common.runtime.training.equilibrium import EquilibriumModule
+from common.runtime.training.figures import new_figure, save_figure
 from common.runtime.training.module import to_device
-from common.runtime.verbs.report import new_figure, save_figure
 
 LOSSES = ("cross_entropy", "binary")
 FAKE_NODES = 8  # nodes per graph of a fake batch

@@ -16,7 +16,7 @@ from common.data.images.folder import SUFFIXES
 from common.data.images.module import to_unit_range
 from common.errors import UserError
 from common.files import atomic, write_json
-from common.runtime.verbs import report
+from common.runtime.training import figures
 from projects.deq_flow.pictures import largest_motion, tile
 
 RATE = 10.0  # frames per second of what has no rate of its own
@@ -197,8 +197,8 @@ def write_film(path: Path, frames: list[Tensor], rate: float) -> Path | None:
 
 
 def _plot(path: Path, rows: list[dict], ways: list[str], solver) -> None:
-    figure, axes = report.new_figure()
-    for colour, name in zip(report.COLOURS, ways):
+    figure, axes = figures.new_figure()
+    for colour, name in zip(figures.COLOURS, ways):
         axes.plot([row["pair"] for row in rows], [row[name]["steps"] for row in rows], "o-", color=colour, label=name)
     axes.axhline(solver.max_iter, color="0.6", linestyle=":", label="budget: not reached")
     axes.set_ylim(bottom=0)
@@ -206,4 +206,4 @@ def _plot(path: Path, rows: list[dict], ways: list[str], solver) -> None:
     axes.set_xlabel("pair")
     axes.set_ylabel(f"evaluations until relative residual {solver.tol:g}")
     figure.legend(loc="outside lower center", ncols=len(ways) + 1, frameon=False)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path)

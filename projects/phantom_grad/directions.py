@@ -13,7 +13,7 @@ from common.deq.solve import solve
 from common.deq.solvers import Picard
 from common.errors import UserError
 from common.runtime.training.equilibrium import EquilibriumModule
-from common.runtime.verbs.report import COLOURS, new_figure, save_figure
+from common.runtime.training.figures import COLOURS, new_figure, save_figure
 from projects.phantom_grad.method import exact_direction
 
 CONVERGED = Picard(max_iter=2000, tol=1e-13)  # in double: the point where the exact gradient is taken

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.losses.meanflow import ImprovedMeanFlowLoss
-from common.runtime.verbs.report import new_figure, save_figure
+from common.runtime.training.figures import new_figure, save_figure
 from common.tasks.average_velocity import AverageVelocityModule
 
 BANDWIDTHS = (0.1, 0.2, 0.5, 1.0, 2.0)

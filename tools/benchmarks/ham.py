@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.ham.burger import Hamburger
 from common.ham.decompose import CD, NMF, VQ
 from common.ham.ham import Ham
-from common.runtime.verbs import report
+from common.runtime.training import figures
 from projects.hamburger.context import DoubleAttention, EMAttention, NonLocal, PyramidPooling
 
 SAYS = """\
@@ -308,8 +308,8 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
             sizes = sorted(points)
             axes.loglog(
                 [s * s for s in sizes], [points[s] * 1e3 for s in sizes], linewidth=1.3, markersize=4,
-                marker=markers[place % len(markers)], color=report.COLOURS[place % len(report.COLOURS)],
-                linestyle="--" if place >= len(report.COLOURS) else "-", label=name if name not in labelled else None,
+                marker=markers[place % len(markers)], color=figures.COLOURS[place % len(figures.COLOURS)],
+                linestyle="--" if place >= len(figures.COLOURS) else "-", label=name if name not in labelled else None,
             )  # fmt: skip
             labelled.add(name)
         pixels = sorted({size * size for points in found.values() for size in points})
@@ -324,4 +324,4 @@ def plot(rows: Sequence[Mapping], path: Path) -> None:
         axes.set_xlabel("pixels H W")
         axes.set_ylabel("milliseconds")
     figure.legend(loc="outside lower center", ncols=min(4, len(names)), frameon=False)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path)

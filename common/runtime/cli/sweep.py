@@ -10,6 +10,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from common.files import read_json, write_json
+from common.runtime.training import figures
 from common.runtime.verbs import report
 
 ERROR = "error.json"
@@ -175,18 +176,18 @@ def plot(rows: Sequence[Mapping], keys: Sequence[str], path) -> bool:
         rest = [f"{key.rpartition('.')[2]}={row[key]}" for key in keys if key not in (axis, "seed")]
         groups.setdefault(", ".join(rest), []).append((row[axis] if axis else row["job"], row[metric]))
     points = [x for group in groups.values() for x, _ in group]
-    figure, axes = report.new_figure()
+    figure, axes = figures.new_figure()
     if axis and all(isinstance(x, int | float) for x in points):
-        _draw_lines(axes, groups, log_x=report.wide(points))
+        _draw_lines(axes, groups, log_x=figures.wide(points))
     else:
         _draw_bars(axes, groups)
-    if report.wide(row[metric] for row in good):
+    if figures.wide(row[metric] for row in good):
         axes.set_yscale("log")
     axes.set_xlabel(axis or "job")
     axes.set_ylabel(metric)
     if len(groups) > 1:
         axes.legend(frameon=False)
-    report.save_figure(figure, path)
+    figures.save_figure(figure, path)
     return True
 
 
@@ -215,7 +216,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _draw_lines(axes, groups: Mapping[str, list[tuple]], log_x: bool) -> None:
     for index, (label, points) in enumerate(groups.items()):
-        colour = report.COLOURS[index % len(report.COLOURS)]
+        colour = figures.COLOURS[index % len(figures.COLOURS)]
         xs = sorted({x for x, _ in points})
         axes.plot(xs, [_mean([y for x, y in points if x == at]) for at in xs], color=colour, linewidth=1.5, label=label)
         axes.plot([x for x, _ in points], [y for _, y in points], "o", color=colour, markersize=5)
@@ -231,7 +232,7 @@ def _draw_bars(axes, groups: Mapping[str, list[tuple]]) -> None:
     names = list(dict.fromkeys(str(x) for points in groups.values() for x, _ in points))
     width = 0.8 / len(groups)
     for index, (label, points) in enumerate(groups.items()):
-        colour = report.COLOURS[index % len(report.COLOURS)]
+        colour = figures.COLOURS[index % len(figures.COLOURS)]
         values = {name: [y for x, y in points if str(x) == name] for name in names}
         places = [at for at, name in enumerate(names) if values[name]]
         axes.bar(

@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from common.deq.layer import DEQ
+from common.runtime.training.figures import COLOURS, read_curves, running_mean, save_figure, wide
 from common.runtime.training.logger import MetricsCSV
-from common.runtime.verbs.report import COLOURS, read_curves, running_mean, save_figure, wide
 
 
 def equilibria(net: nn.Module) -> list[DEQ]:

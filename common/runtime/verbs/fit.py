@@ -18,6 +18,7 @@ from common.runtime.cli.lock import only_run
 from common.runtime.training.callbacks import Progress, SampleGrid, Throughput
 from common.runtime.training.checkpoint import SafeCheckpointIO, latest_complete, list_checkpoints
 from common.runtime.training.ema import WeightAverages, averaged, choose_average
+from common.runtime.training.figures import plot_curves
 from common.runtime.training.logger import MetricsCSV
 from common.runtime.training.module import ResearchModule, evaluating
 from common.runtime.training.solver_health import equilibria
@@ -25,7 +26,7 @@ from common.runtime.training.speed import apply_speed
 from common.runtime.training.weights import find_init, initialise, trained_weights
 from common.runtime.verbs.evaluate import Evaluation, EvaluationCurve, SplitEvaluation
 from common.runtime.verbs.plan import micro_batch, world_size
-from common.runtime.verbs.report import comparison_table, environment, plot_curves, show, write_result
+from common.runtime.verbs.report import comparison_table, environment, show, write_result
 from common.weights.export import export
 
 # What decides the weights of a run. A folder that holds another run under these is not continued.

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from common.runtime.training import figures
 from common.runtime.verbs import report
 
 
@@ -124,24 +125,24 @@ def test_curves_are_read_from_sparse_and_resumed_files(tmp_path):
         "step,epoch,train/loss,val/fd_digits_1step,val/word\n0,0,3.0,,x\n10,0,,50.0,\n10,0,2.0,,\n"
         "20,0,1.5,nan,\n10,0,2.5,,\n30,0,inf,5.0,\n,0,9.0,,\n40,0,1.0\n"
     )
-    curves = report.read_curves(path)
+    curves = figures.read_curves(path)
     assert curves == {
         "train/loss": ([0, 10, 20, 40], [3.0, 2.5, 1.5, 1.0]),
         "val/fd_digits_1step": ([10, 30], [50.0, 5.0]),
     }
-    written = report.plot_curves(path, tmp_path / "pictures")
+    written = figures.plot_curves(path, tmp_path / "pictures")
     assert [p.name for p in written] == ["loss.png", "fd.png"]
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in written)
 
 
 def test_running_mean_looks_back_only():
-    assert report.running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+    assert figures.running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
 
 
 def test_curves_of_runs_without_them(tmp_path):
-    assert report.plot_curves(tmp_path / "none.csv", tmp_path) == []
+    assert figures.plot_curves(tmp_path / "none.csv", tmp_path) == []
     (tmp_path / "metrics.csv").write_text("step,perf/images_per_s\n1,2.0\n")
-    assert report.plot_curves(tmp_path / "metrics.csv", tmp_path) == []
+    assert figures.plot_curves(tmp_path / "metrics.csv", tmp_path) == []
 
 
 def test_epoch_means_are_not_drawn_beside_the_steps(tmp_path, monkeypatch):
@@ -150,7 +151,7 @@ def test_epoch_means_are_not_drawn_beside_the_steps(tmp_path, monkeypatch):
     )
     drawn = {}
     monkeypatch.setattr(report, "plot_lines", lambda lines, path, **_: drawn.update(lines))
-    report.plot_curves(tmp_path / "metrics.csv", tmp_path)
+    figures.plot_curves(tmp_path / "metrics.csv", tmp_path)
     assert sorted(drawn) == ["train/loss_step", "val/loss_epoch"]
 
 
@@ -159,7 +160,7 @@ def test_epoch_means_are_not_drawn_beside_the_steps(tmp_path, monkeypatch):
     [([1.0, 100.0], True), ([1.0, 20.0], False), ([0.0, 100.0], False), ([-1.0, 100.0], False), ([], False)],
 )
 def test_wide_positive_ranges_get_a_logarithmic_axis(values, logarithmic):
-    assert report.wide(values) is logarithmic
+    assert figures.wide(values) is logarithmic
 
 
 @settings(deadline=None, max_examples=30)
