@@ -13,6 +13,7 @@ from common.runtime.cli.launch import quiet, register_resolvers
 from common.runtime.training.checkpoint import latest_complete
 from common.runtime.training.weights import network_tensors
 from common.runtime.verbs import fit
+from common.runtime.verbs.assemble import assemble
 
 REPO = Path(__file__).resolve().parents[2]
 TWO_STEPS = (
@@ -68,7 +69,7 @@ def two_steps(composed):
 
     def run(experiment: str, folder: Path, *overrides: str):
         cfg = composed(experiment, folder, *overrides)
-        before = fit.assemble(cfg, training=True, measuring=False).module.net.state_dict()
+        before = assemble(cfg, training=True, measuring=False).module.net.state_dict()
         fit.fit_task(cfg)
         with open(folder / "metrics.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.get("train/loss")]

@@ -16,7 +16,7 @@ from common.diffusion.sample import Multistep
 from common.diffusion.time import LogNormal
 from common.errors import UserError
 from common.losses.consistency import ConsistencyLoss
-from common.runtime.verbs import fit
+from common.runtime.verbs.assemble import assemble
 from common.runtime.verbs.plan import build_fake
 from projects.ect.module import Ect
 
@@ -303,7 +303,7 @@ def test_two_steps_on_real_cifar10(two_steps, composed, data_root, tmp_path):
     # RAdam's first steps are plain gradient descent: what lies behind output layers of 1e-5 rounds off, they do not
     assert {name for name in after if name.endswith(("aux_conv.weight", "conv1.weight"))} <= changed
 
-    run = fit.assemble(composed("ect_cifar10", tmp_path / "again", *small), training=True, measuring=False)
+    run = assemble(composed("ect_cifar10", tmp_path / "again", *small), training=True, measuring=False)
     images = run.data.on_after_batch_transfer(next(iter(run.data.train_dataloader())), 0)["image"]
     assert images.shape == (8, 3, 32, 32) and images.min() >= -1 and images.max() <= 1 and images.std() > 0.2
     # a fresh network returns c_skip x, so the first loss is known from the images and the draws alone

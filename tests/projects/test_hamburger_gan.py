@@ -16,6 +16,7 @@ from common.runtime.training.module import to_device
 from common.runtime.training.seeding import Draws, seed_step
 from common.runtime.training.weights import network_tensors
 from common.runtime.verbs import fit, sample
+from common.runtime.verbs.assemble import assemble
 from common.runtime.verbs.plan import fake_training_step
 from common.weights.export import load
 from projects.hamburger.gan import frozen
@@ -52,7 +53,7 @@ def same(a: dict, b: dict) -> bool:
 def test_two_steps_by_hand(small, tmp_path):
     """The trainer against the plain statement: D on real and fake, then G against the moved D; beta1 = 0."""
     fit.fit_task(small(tmp_path / "run"))
-    run = fit.assemble(small(tmp_path / "hand"), training=True, measuring=False)
+    run = assemble(small(tmp_path / "hand"), training=True, measuring=False)
     net, module = run.module.net.train(), run.module
     run.data.setup("fit")
     d, g = net.discriminator, net.generator
@@ -86,7 +87,7 @@ def test_two_steps_by_hand(small, tmp_path):
 
 
 def test_each_optimiser_moves_its_own_player(small, tmp_path):
-    start = fit.assemble(small(tmp_path / "start"), training=True, measuring=False).module.state_dict()
+    start = assemble(small(tmp_path / "start"), training=True, measuring=False).module.state_dict()
     start = {"state_dict": start}
     for still, moves, override in (
         ("generator", "discriminator", "project.optimizer.lr=0.0"),
@@ -100,7 +101,7 @@ def test_each_optimiser_moves_its_own_player(small, tmp_path):
 
 
 def test_gradients_stay_with_their_loss(small, tmp_path):
-    module = fit.assemble(small(tmp_path / "run"), training=True, measuring=False).module.train()
+    module = assemble(small(tmp_path / "run"), training=True, measuring=False).module.train()
     batch = {"image": torch.randn(6, 1, 8, 8).tanh(), "label": torch.arange(6)}
     module.discriminator_loss(batch).backward()
     assert all(p.grad is None for p in module.net.generator.parameters())
@@ -115,7 +116,7 @@ def test_gradients_stay_with_their_loss(small, tmp_path):
 
 def test_labels_of_the_batch_reach_the_projection(small, tmp_path):
     """The embedding has a gradient in the columns of the classes that were shown or drawn, and in no other."""
-    module = fit.assemble(small(tmp_path / "run"), training=True, measuring=False).module.train()
+    module = assemble(small(tmp_path / "run"), training=True, measuring=False).module.train()
     batch = {"image": torch.randn(6, 1, 8, 8).tanh(), "label": torch.full((6,), 7)}
     classes, last = module.net.discriminator.classes, module.net.discriminator.last
     # spectral norms below 1, which the normalisation leaves alone, and logits inside the margin
@@ -189,7 +190,7 @@ def flat(tree, prefix="") -> dict[str, torch.Tensor]:
 def test_images_come_from_the_averaged_generator(small, tmp_path, capsys):
     cfg = small(tmp_path / "run", "sample.samples=9", "sample.seed=3", "evaluate.average=ema")
     fit.fit_task(cfg)
-    module = fit.assemble(cfg, training=False, measuring=False).module
+    module = assemble(cfg, training=False, measuring=False).module
     noise = ImageNoise(seed=3, indices=range(9), shape=(6,))
     labels = torch.nn.functional.one_hot(noise.labels(10), 10).float()
     images = {}

@@ -12,7 +12,8 @@ from common.diffusion.time import LogitNormal, MaskThenOrder
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss
 from common.runtime.cli.launch import register_resolvers
-from common.runtime.verbs import fit
+from common.runtime.verbs.assemble import assemble
+from common.runtime.verbs.export import write_export
 from common.weights.export import load
 from projects.pmf.method import Perceptual
 from projects.pmf.module import PixelMeanFlow
@@ -152,8 +153,8 @@ def test_published_settings_of_the_sheet(repo, name):
 
 def test_an_export_samples_as_its_run(composed, tmp_path):
     """Noise of the run's own scale, also without Hydra."""
-    run = fit.assemble(composed("pmf_tiny", tmp_path / "run", "project.noise_scale=2"), training=False, measuring=False)
+    run = assemble(composed("pmf_tiny", tmp_path / "run", "project.noise_scale=2"), training=False, measuring=False)
     made = run.module.generate(torch.arange(3), sampler=AverageVelocitySteps(), seed=5)
-    exported = load(fit.write_export(run, step=0, average="raw"))
+    exported = load(write_export(run, step=0, average="raw"))
     assert exported.meta["noise_scale"] == 2 and exported.meta["guidance"] is None
     torch.testing.assert_close(exported.sample(3, seed=5, sampler=AverageVelocitySteps()), made.float())

@@ -199,8 +199,7 @@ def launch(cfg: DictConfig):
 
     import importlib
 
-    verb = {"fit": "fit", "test": "test", "sample": "sample", "export": "fit", "plan": "plan"}[cfg.task]
-    module = importlib.import_module(f"common.runtime.{verb}")
+    module = importlib.import_module(f"common.runtime.verbs.{cfg.task}")
     result = getattr(module, f"{cfg.task}_task")(cfg)
     sys.stdout.flush()
     return result

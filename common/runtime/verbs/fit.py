@@ -1,17 +1,15 @@
-"""`task=fit`: needs, refusals, restart, training, evaluation, export, tables. And `task=export`."""
+"""`task=fit`: needs, refusals, restart, training, evaluation, export, tables."""
 
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from common.errors import UserError, user_error
+from common.errors import UserError
 from common.files import write_json, write_text
 from common.runtime.cli import needs as companions
 from common.runtime.cli.lock import only_run
@@ -20,14 +18,13 @@ from common.runtime.training.checkpoint import SafeCheckpointIO, latest_complete
 from common.runtime.training.ema import WeightAverages, averaged, choose_average
 from common.runtime.training.figures import plot_curves
 from common.runtime.training.logger import MetricsCSV
-from common.runtime.training.module import ResearchModule, evaluating
+from common.runtime.training.module import evaluating
 from common.runtime.training.solver_health import equilibria
-from common.runtime.training.speed import apply_speed
-from common.runtime.training.weights import find_init, initialise, trained_weights
-from common.runtime.verbs.evaluate import Evaluation, EvaluationCurve, SplitEvaluation
-from common.runtime.verbs.plan import micro_batch, world_size
+from common.runtime.training.weights import find_init, initialise
+from common.runtime.verbs.assemble import Assembled, assemble, instantiate, task_overrides
+from common.runtime.verbs.evaluate import EvaluationCurve
+from common.runtime.verbs.export import write_export
 from common.runtime.verbs.report import comparison_table, environment, show, write_result
-from common.weights.export import export
 
 # What decides the weights of a run. A folder that holds another run under these is not continued.
 IDENTITY = (
@@ -37,104 +34,6 @@ IDENTITY = (
 )  # fmt: skip
 
 PLACES = ("root", "cache_dir")  # where data lie, which may move
-
-
-@dataclass
-class Assembled:
-    """The objects of one run."""
-
-    cfg: DictConfig
-    plain: dict
-    folder: Path
-    data: LightningDataModule
-    module: ResearchModule
-    sampler: Callable | None  # that of the sample section; modules that generate no images leave it alone
-    evaluation: Evaluation | SplitEvaluation | None  # None for verbs that measure nothing
-
-
-def instantiate(node):
-    """Hydra's instantiate with plain Python containers; a refusal inside a constructor keeps its sentence."""
-    import hydra
-
-    return hydra.utils.instantiate(node, _convert_="all")
-
-
-def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
-    """Build what a verb needs, cheapest refusal first: batch size, data files, then the network."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    if training:
-        micro_batch(cfg.data.batch_size, world_size(cfg), cfg.trainer.accumulate_grad_batches)
-    data = instantiate(cfg.data)
-    without_data = cfg.evaluate.get("statistics") and not cfg.evaluate.get("floor")  # task=test then reads none
-    if training or (measuring and not without_data):
-        data.check()
-    if training and not plain["needs"] and not list_checkpoints(Path(cfg.run.dir) / "checkpoints"):
-        find_init(cfg.init.file, cfg.init.hint)
-    sampler = instantiate(cfg.sample.sampler)
-    evaluation = build_evaluation(cfg, training=training) if measuring else None
-    if torch.cuda.is_available() and cfg.speed.tf32:
-        torch.set_float32_matmul_precision("high")
-    if cfg.speed.threads:
-        torch.set_num_threads(cfg.speed.threads)
-    torch.manual_seed(cfg.seed)
-    module = instantiate(cfg.project)
-    module.seed = cfg.seed
-    module.images_per_step = cfg.data.batch_size
-    if module.uses_sampler:
-        module.picture_sampler = sampler
-        module.decoder = build_decoder(cfg, needed=training or measuring)
-    if evaluation:
-        evaluation.check(module, data)
-    if training and not module.automatic_optimization:
-        _check_manual(cfg)
-    apply_speed(module, cfg)
-    return Assembled(cfg, plain, Path(cfg.run.dir), data, module, sampler, evaluation)
-
-
-def build_decoder(cfg: DictConfig, *, needed: bool):
-    """What turns a network's latents into images, None where it makes images itself.
-
-    needed  raise UserError now when its files are not there, instead of at the first image
-    """
-    decoder = instantiate(cfg.decoder) or None
-    if needed and decoder is not None:
-        decoder.check()
-    return decoder
-
-
-def _check_manual(cfg: DictConfig) -> None:
-    """Raises UserError for what a module that alternates between its optimisers cannot have."""
-    if cfg.trainer.accumulate_grad_batches != 1 or cfg.trainer.gradient_clip_val is not None:
-        raise UserError(
-            "This experiment alternates between two optimisers: set trainer.accumulate_grad_batches=1 and "
-            "trainer.gradient_clip_val=null. For large batches use more processes."
-        )
-    if OmegaConf.select(cfg, "trainer.strategy.find_unused_parameters") is False:
-        raise UserError(
-            "This experiment alternates between two optimisers, and each backward pass reaches the parameters of one: "
-            "set trainer.strategy.find_unused_parameters=true."
-        )
-
-
-def build_evaluation(cfg: DictConfig, *, training: bool) -> Evaluation | SplitEvaluation:
-    """The evaluation of a configuration.
-
-    A missing extractor file is no reason not to train: the run says so at the start and goes on without metrics
-    (`task=test` measures them later). Every other verb refuses.
-    """
-    if not cfg.evaluate.get("extractors"):
-        return instantiate(cfg.evaluate)
-    without = cfg.evaluate.copy()
-    without.extractors = {}
-    nothing_measured = instantiate(without)  # refuses what is wrong with the section itself
-    try:
-        return instantiate(cfg.evaluate)
-    except Exception as error:
-        refusal = user_error(error)
-        if not training or refusal is None:
-            raise
-        print(f"note: no metrics in this run, measure later with task=test: {refusal}", flush=True)
-        return nothing_measured
 
 
 def prepare_folder(run: Assembled, overrides: list[str]) -> Path | None:
@@ -335,39 +234,6 @@ def print_closing_table(run: Assembled, own: dict, results: dict) -> None:
         rows.append(line)
     for path in comparison_table(rows, run.folder, title=run.cfg.run.experiment):
         print(f"table: {path}")
-
-
-def write_export(run: Assembled, *, step: int, average: str) -> Path:
-    """`<run>/export`: the network's weights as they are now, and the trees that rebuild it without Hydra."""
-    facts = environment()
-    return export(
-        run.folder / "export",
-        run.module.net,
-        run.plain["project"]["net"],
-        sampler=run.plain["sample"]["sampler"] if run.module.uses_sampler else None,
-        meta={
-            "experiment": run.cfg.run.experiment, "seed": run.cfg.seed, "step": step, "average": average,
-            "commit": facts["commit"], "dirty": facts["dirty"], "published": run.plain["published"],
-            **run.module.export_facts(),
-        },
-    )  # fmt: skip
-
-
-def export_task(cfg: DictConfig) -> None:
-    """Write the chosen average of the newest checkpoint as safetensors + configuration."""
-    run = assemble(cfg, training=False, measuring=False)
-    source = trained_weights(
-        run.module, run.folder, resume=cfg.resume, init_file=cfg.init.file, average=cfg.evaluate.average
-    )
-    folder = write_export(run, step=source["step"], average=source["average"])
-    print(f"exported {source['average']} weights of {source['file']} to {folder}")
-
-
-def task_overrides() -> list[str]:
-    """What the user typed, or nothing outside Hydra's own entry."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def _say(trainer: Trainer):

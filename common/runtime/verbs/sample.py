@@ -13,7 +13,7 @@ from common.runtime.training.callbacks import write_grid
 from common.runtime.training.generative import index_batches
 from common.runtime.training.module import evaluating
 from common.runtime.training.weights import trained_weights
-from common.runtime.verbs.fit import Assembled, assemble
+from common.runtime.verbs.assemble import Assembled, assemble
 
 
 def sample_task(cfg: DictConfig) -> None:

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from common.errors import UserError
 from common.runtime.training.weights import trained_weights
-from common.runtime.verbs.fit import assemble, task_overrides
+from common.runtime.verbs.assemble import assemble, task_overrides
 from common.runtime.verbs.report import print_table, show, write_result
 
 

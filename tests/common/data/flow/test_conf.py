@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from common.data.flow.module import FlowData
 from common.runtime.cli.check import check
-from common.runtime.verbs.fit import instantiate
+from common.runtime.verbs.assemble import instantiate
 from common.targets import resolve
 
 # name: (crop, batch, {training set: (weight, min_scale, max_scale, flip)}, evaluation sets); sheet and released code

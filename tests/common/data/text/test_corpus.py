@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from common.data.source import sha256
+from common.data.text import corpus
 from common.data.text.corpus import Bytes, Characters, PlainText, WordFiles, Words
-from common.data.text.module import corpus
 from common.errors import UserError
 
 TEXT = "the cat\n\nthe dog sees the cat é\n"

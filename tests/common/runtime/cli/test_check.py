@@ -65,6 +65,7 @@ def toy(monkeypatch):
     module = types.ModuleType("projects.toy_check")
     for item in (Base, Child, Loss, Later, make_child, positional):
         setattr(module, item.__name__, item)
+        monkeypatch.setattr(item, "__module__", module.__name__)  # targets must be defined where they are named
     module.number = 3
     monkeypatch.setitem(sys.modules, "projects.toy_check", module)
 

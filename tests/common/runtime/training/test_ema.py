@@ -10,6 +10,7 @@ from common.errors import UserError
 from common.runtime.training.checkpoint import list_checkpoints
 from common.runtime.training.ema import WeightAverages, averaged, choose_average
 from common.runtime.verbs import fit
+from common.runtime.verbs.export import export_task
 
 NAME = "net.model.layer_in.weight"
 
@@ -90,7 +91,7 @@ def test_an_unknown_name_gives_the_nearest():
 def test_the_average_is_chosen_after_training(average, trained, composed, tmp_path, capsys):
     """`evaluate.average=...` decides what is exported and measured, without training again."""
     checkpoint = list_checkpoints(trained / "checkpoints")[0]
-    fit.export_task(composed(tmp_path / "out", "task=export", f"resume={checkpoint}", f"evaluate.average={average}"))
+    export_task(composed(tmp_path / "out", "task=export", f"resume={checkpoint}", f"evaluate.average={average}"))
     exported = load_file(tmp_path / "out/export/model.safetensors")
     content = torch.load(checkpoint, weights_only=True)
     expected = content["state_dict"] if average == "raw" else content["averages"][average]
@@ -101,7 +102,7 @@ def test_the_average_is_chosen_after_training(average, trained, composed, tmp_pa
 def test_an_unknown_average_at_test_time(trained, composed, tmp_path):
     checkpoint = list_checkpoints(trained / "checkpoints")[0]
     with pytest.raises(UserError, match="Closest: power"):
-        fit.export_task(composed(tmp_path / "out", f"resume={checkpoint}", "evaluate.average=powr"))
+        export_task(composed(tmp_path / "out", f"resume={checkpoint}", "evaluate.average=powr"))
 
 
 def test_a_wrong_average_is_refused_before_training(composed, tmp_path):

@@ -23,6 +23,8 @@ from common.runtime.cli.check import check
 from common.runtime.training.checkpoint import list_checkpoints
 from common.runtime.training.guard import Interrupted
 from common.runtime.verbs import fit
+from common.runtime.verbs.assemble import assemble
+from common.runtime.verbs.export import write_export
 from common.runtime.verbs.plan import make_plan, raw_parameters
 from common.runtime.verbs.sample import sample_task
 from common.runtime.verbs.test import test_task as run_test_task
@@ -260,10 +262,10 @@ def test_every_solver_with_every_rule_by_configuration(solver, grad, toy, toy_co
         budget = ["project.net.deq.solver.max_iter=5", "project.net.deq.solver.krylov=3"]
     cfg = toy_config(tmp_path / "run", *budget, choose=choose)
     check(cfg)
-    run = fit.assemble(cfg, training=True, measuring=True)
+    run = assemble(cfg, training=True, measuring=True)
     run.module.training_step(run.data.sample(0, 16), 0).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in run.module.net.parameters())
     assert make_plan(cfg).flops_per_step > 0
-    exported = load(fit.write_export(run, step=0, average="raw"))
+    exported = load(write_export(run, step=0, average="raw"))
     x = run.data.sample(1, 5)["x"]
     torch.testing.assert_close(exported.net(x), run.module.predict({"x": x, "label": None}))

@@ -5,7 +5,7 @@ import torch
 
 from common.runtime.training import timing
 from common.runtime.training.timing import step_times
-from common.runtime.verbs.fit import assemble
+from common.runtime.verbs.assemble import assemble
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from PIL import Image
 from common.data.latents import cache as latent_cache
 from common.errors import UserError
 from common.runtime.training.checkpoint import list_checkpoints
-from common.runtime.verbs.fit import build_decoder, fit_task
+from common.runtime.verbs.assemble import build_decoder
+from common.runtime.verbs.fit import fit_task
 from common.runtime.verbs.plan import fake_training_step
 from common.runtime.verbs.sample import sample_task
 from common.weights.load import load_tensors

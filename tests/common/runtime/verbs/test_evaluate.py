@@ -11,8 +11,8 @@ from common.errors import UserError
 from common.metrics.features import Pixels
 from common.runtime.training.checkpoint import list_checkpoints
 from common.runtime.verbs import evaluate, fit, test
+from common.runtime.verbs.assemble import assemble
 from common.runtime.verbs.evaluate import Evaluation
-from common.runtime.verbs.fit import assemble
 
 MEASURED = (
     "evaluate=digits", "evaluate.extractors.digits=null", "evaluate.samples=70", "evaluate.batch_size=32",

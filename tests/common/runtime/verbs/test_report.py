@@ -150,7 +150,7 @@ def test_epoch_means_are_not_drawn_beside_the_steps(tmp_path, monkeypatch):
         "step,train/loss_step,train/loss_epoch,val/loss_epoch\n1,2.0,,\n2,1.0,1.5,3.0\n"
     )
     drawn = {}
-    monkeypatch.setattr(report, "plot_lines", lambda lines, path, **_: drawn.update(lines))
+    monkeypatch.setattr(figures, "plot_lines", lambda lines, path, **_: drawn.update(lines))
     figures.plot_curves(tmp_path / "metrics.csv", tmp_path)
     assert sorted(drawn) == ["train/loss_step", "val/loss_epoch"]
 

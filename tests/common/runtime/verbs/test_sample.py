@@ -11,7 +11,7 @@ from PIL import Image
 from common.errors import UserError
 from common.metrics.images import to_uint8
 from common.runtime.training.checkpoint import list_checkpoints
-from common.runtime.verbs.fit import export_task
+from common.runtime.verbs.export import export_task
 from common.runtime.verbs.sample import chosen_classes, sample_task, show_samples
 
 
