@@ -25,6 +25,7 @@ from common.runtime.verbs.assemble import Assembled, assemble, instantiate, task
 from common.runtime.verbs.evaluate import EvaluationCurve
 from common.runtime.verbs.export import write_export
 from common.runtime.verbs.report import comparison_table, environment, show, write_result
+from common.targets import current
 
 # What decides the weights of a run. A folder that holds another run under these is not continued.
 IDENTITY = (
@@ -77,7 +78,7 @@ def _refuse_other_run(old: DictConfig, new: DictConfig, folder: Path) -> None:
 
 def _flat(node, prefix: str) -> dict:
     if not OmegaConf.is_config(node):
-        return {prefix: node}
+        return {prefix: current(node) if prefix.endswith("._target_") and isinstance(node, str) else node}
     items = node.items() if OmegaConf.is_dict(node) else enumerate(node)
     return {k: v for key, child in items for k, v in _flat(child, f"{prefix}.{key}").items()}
 
