@@ -27,9 +27,9 @@ def test_an_image_depends_on_its_number_alone():
     whole = made.generate(torch.arange(7), sampler=sampler, seed=3)
     parts = [made.generate(indices, sampler=sampler, seed=3) for indices in (torch.tensor([4, 1]), torch.tensor([6]))]
     assert whole.shape == (7, 2, 4, 4)
-    # A matrix product of another batch size may add in another order. States reach 4 x sigma_max = 80, one unit in the
-    # last place of which is 8e-6, and three Heun steps through weights of deviation 0.5 pass on about ten of them.
-    torch.testing.assert_close(torch.cat(parts), whole[[4, 1, 6]], rtol=0, atol=2e-4)
+    # A matrix product of another batch size may add in another order. States and images reach a few hundred here, one
+    # unit in the last place of which is 3e-5; three Heun steps through random weights pass on some tens of them.
+    torch.testing.assert_close(torch.cat(parts), whole[[4, 1, 6]], rtol=0, atol=2e-3)
     assert not torch.allclose(made.generate(torch.arange(7), sampler=sampler, seed=4), whole)
 
 
