@@ -33,7 +33,7 @@ def experiment_config():
     """experiment_config(name) -> its configuration, composed once per process; a copy, free to change."""
     from hydra import compose, initialize_config_dir
 
-    from common.runtime.launch import register_resolvers
+    from common.runtime.cli.launch import register_resolvers
 
     @cache
     def composed(name: str):

@@ -1,7 +1,7 @@
 """What an older version left behind stays usable: its run folder continues, its exports load and sample.
 
-The files in fixtures/run_a39c4bd were written by commit a39c4bd, before classes moved (`common.targets.MOVED`): a run of
-edm_tiny with width 8 and depth 1 stopped after 3 of 6 steps, its export after 6, and an export of a DEQ-INR.
+The files in fixtures/run_a39c4bd were written by commit a39c4bd, before classes moved (`common.targets.MOVED`): an
+edm_tiny of width 8 and depth 1 stopped after 3 of 6 steps, its export after 6, and an export of a DEQ-INR.
 """
 
 import shutil
