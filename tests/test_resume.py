@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -235,18 +233,20 @@ def fit_and_die(folder: Path, recipe: str, before) -> None:
     assert in_child(work) == -signal.SIGKILL
 
 
+def watch_with(callback: Callback) -> None:
+    """Adds a callback to every run of this process; for forked children, since nothing takes it back."""
+    build = fit.build_trainer
+
+    def build_watched(run):
+        trainer, averages = build(run)
+        trainer.callbacks.append(callback)
+        return trainer, averages
+
+    fit.build_trainer = build_watched
+
+
 def kill_before_step(step: int):
-    def before():
-        build = fit.build_trainer
-
-        def build_killed(run):
-            trainer, averages = build(run)
-            trainer.callbacks.append(Kill(step))
-            return trainer, averages
-
-        fit.build_trainer = build_killed  # in the child only
-
-    return before
+    return lambda: watch_with(Kill(step))
 
 
 @pytest.mark.parametrize("step", [3, 5, 12, 19])
@@ -420,7 +420,7 @@ def test_starting_over_keeps_the_old_checkpoints_aside(tmp_path, capsys):
 # The command itself ---------------------------------------------------------------------------------------------------
 
 
-STEPS = 600
+STEPS = 60
 WORDS = (
     "+experiment=ect_tiny", *MLP, "init.file=null", "needs=null", "table=[]", f"trainer.max_steps={STEPS}",
     "data.batch_size=8", "callbacks.checkpoints.every_n_steps=20", "evaluate=none", "callbacks.pictures=null",
@@ -428,33 +428,52 @@ WORDS = (
 )  # fmt: skip
 
 
+class WaitForSignal(Callback):
+    """Waits once, at step 45, until the file `sent` is there."""
+
+    def __init__(self, sent: Path):
+        self.sent = sent
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 45:
+            self.sent.with_name("waiting").touch()
+            while not self.sent.exists():
+                time.sleep(0.002)
+
+
+def wait_until(there: Path, child) -> None:
+    deadline = time.monotonic() + 60
+    while not there.exists():
+        assert child.is_alive() and time.monotonic() < deadline, f"{there} never came"
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize(("signum", "code"), [
     (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL),
 ])  # fmt: skip
-def test_signals_to_the_command(signum, code, tmp_path):
-    folder = tmp_path / "run"
-    command = [sys.executable, "-m", "projects.run", *WORDS, f"run.dir={folder}", f"paths.outputs={tmp_path}"]
-    process = subprocess.Popen(
-        command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not checkpoint.list_checkpoints(folder / "checkpoints") and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signum)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
+def test_signals_to_the_command(signum, code, tmp_path, forked_command):
+    folder, sent = tmp_path / "run", tmp_path / "sent"
+    words = (*WORDS, f"run.dir={folder}", f"paths.outputs={tmp_path}")
+    child = forked_command(words, tmp_path, lambda: watch_with(WaitForSignal(sent)))
+    wait_until(tmp_path / "waiting", child)
+    os.kill(child.pid, signum)
+    sent.touch()
+    child.join(60)
+    err = (tmp_path / "stderr.txt").read_text()
+    assert child.exitcode == code, err
     last = checkpoint.latest_complete(folder / "checkpoints")
-    step = int(last.stem[5:])
-    assert 0 < step < STEPS
     if signum != signal.SIGKILL:
+        assert last.name == "step-00000046.ckpt", "the step under way is finished"
         assert err == (
-            f"error: {signal.Signals(signum).name} received: stopped after step {step}. Checkpoint: {last}. The same "
+            f"error: {signal.Signals(signum).name} received: stopped after step 46. Checkpoint: {last}. The same "
             f"command continues from there.\n"
         )
         return
-    done = subprocess.run(command, cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and f"continuing {last.name}" in done.stdout, done.stderr
+    assert last.name == "step-00000040.ckpt"
+    again = forked_command(words, tmp_path)
+    again.join(60)
+    assert again.exitcode == 0, (tmp_path / "stderr.txt").read_text()
+    assert "continuing step-00000040.ckpt" in (tmp_path / "stdout.txt").read_text()
     register_resolvers()
     with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
         fit.fit_task(compose("config", [
