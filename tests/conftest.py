@@ -48,7 +48,8 @@ def experiment_config():
 @pytest.fixture(scope="session")
 def forked_command():
     """forked_command(words, folder, before=None, **environment) -> started child that runs `python -m projects.run
-    <words>` in `folder`, after calling `before()`. It writes stdout.txt and stderr.txt there; `join()`, then `exitcode`.
+    <words>` in `folder`, after calling `before()`. It writes stdout.txt and stderr.txt there. `join()` it and read
+    `exitcode`.
 
     A fork has torch and Lightning imported already: a fresh interpreter takes 6 CPU seconds for that.
     """
@@ -58,9 +59,9 @@ def forked_command():
 
     def start(words, folder: Path, before=None, **environment: str):
         def work():
-            for number, name in ((1, "stdout"), (2, "stderr")):
-                os.dup2(os.open(folder / f"{name}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-                setattr(sys, name, open(number, "w", closefd=False))
+            sys.stdout, sys.stderr = (open(folder / f"{name}.txt", "w") for name in ("stdout", "stderr"))  # noqa: SIM115
+            os.dup2(sys.stdout.fileno(), 1)
+            os.dup2(sys.stderr.fileno(), 2)
             os.chdir(folder)
             os.environ.update(environment)
             sys.argv = ["projects/run.py", *map(str, words)]
