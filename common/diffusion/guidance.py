@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common import limits
 from common.errors import UserError
+from common.tensors import append_dims
 
 
 class _Wrapped:
@@ -73,7 +74,7 @@ class _Guided(_Wrapped, ABC):
             guided = torch.cat([guided[:, : self.channels], strong[:, self.channels :]], dim=1)
         if not limited:
             return guided
-        return torch.where(inside.reshape(-1, *[1] * (x.dim() - 1)), guided, strong)
+        return torch.where(append_dims(inside, x), guided, strong)
 
 
 class CFG(_Guided):

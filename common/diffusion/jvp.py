@@ -20,8 +20,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from common.deq.structure import without_autocast
-from common.diffusion.paths import expand
 from common.errors import UserError
+from common.tensors import append_dims, like_layout, only_shapes, select_rows
 
 
 def total_derivative(
@@ -64,8 +64,8 @@ def total_derivative(
         t, r = (time.detach().to(z.device, z.dtype, non_blocking=True).contiguous() for time in (t, r))
         if rows is None:
             found = _tangent(u, z.detach(), t, r, (dz, dt, dr), conditions)
-            return torch.where(expand(live, z).to(z.device, non_blocking=True), found, 0.0)
-        chosen = {name: select_rows(value, rows, count) for name, value in conditions.items()}
+            return torch.where(append_dims(live, z).to(z.device, non_blocking=True), found, 0.0)
+        chosen = select_rows(conditions, rows, count)
         pick = lambda value: select_rows(value.detach(), rows, count)
         found = _tangent(u, pick(z), pick(t), pick(r), (pick(dz), dt, dr), chosen)
         return torch.zeros_like(z).index_copy_(0, rows, found.to(z.dtype))
@@ -98,29 +98,6 @@ def _load_decompositions() -> None:
         warnings.simplefilter("ignore")
         with forward_ad.dual_level():
             forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-
-
-# Rows -----------------------------------------------------------------------------------------------------------------
-
-
-def only_shapes(value: Tensor) -> bool:
-    """Planning and tests run on tensors without values; which rows have r = t is unknown there."""
-    return value.device.type == "meta" or torch._guards.detect_fake_mode(value) is not None
-
-
-def select_rows(value, rows: Tensor, count: int):
-    """The rows of a tensor that has `count` of them, in its memory layout; of a tuple, those of its members.
-
-    What has no row per sample (None, a number, a single row for all) is returned as it is.
-    """
-    if isinstance(value, tuple | list):
-        return type(value)(select_rows(member, rows, count) for member in value)
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != count or count == 1:
-        return value
-    picked = value.index_select(0, rows.to(value.device, non_blocking=True))
-    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous():
-        picked = picked.contiguous(memory_format=torch.channels_last)
-    return picked
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -177,7 +154,7 @@ def _group_norm(func, input, num_groups, weight=None, bias=None, eps=1e-5):
     ones = None if weight is None else torch.ones_like(weight)
     grad = torch.ops.aten.native_group_norm_backward
     dy = grad(dx, x, mean, rstd, ones, *shape, [True, False, False])[0]
-    return forward_ad.make_dual(y, dy if weight is None else dy * weight.view(-1, *[1] * (x.dim() - 2)))
+    return forward_ad.make_dual(y, dy if weight is None else dy * append_dims(weight, x, dim=1))
 
 
 def _layer_norm(func, input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -201,9 +178,7 @@ def _softmax(func, input, dim=None, *args, dtype=None, **kwargs):
 
 
 def _same_layout(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    layout = torch.channels_last if last else torch.contiguous_format
-    return x.contiguous(memory_format=layout), dx.contiguous(memory_format=layout)
+    return like_layout(x, x), like_layout(dx, x)
 
 
 RULES = {

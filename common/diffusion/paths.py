@@ -20,13 +20,9 @@ import torch
 from torch import Tensor
 
 from common import limits
+from common.tensors import append_dims
 
 KINDS = ("denoiser", "eps", "v", "score")
-
-
-def expand(t: Tensor, like: Tensor) -> Tensor:
-    """t (B,) or a scalar -> (B, 1, ..., 1) so that it multiplies `like` (B, ...)."""
-    return t.reshape(-1, *[1] * (like.dim() - 1)) if t.dim() else t
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ class Path(ABC):
 
     def sample(self, x: Tensor, e: Tensor, t: Tensor) -> PathSample:
         """x, e (B, ...), t (B,) in [0, 1]."""
-        a, s, da, ds = (expand(c(t), x) for c in (self.a, self.s, self.da, self.ds))
+        a, s, da, ds = (append_dims(c(t), x) for c in (self.a, self.s, self.da, self.ds))
         return PathSample(z=a * x + s * e, v=da * x + ds * e, t=t, x=x, e=e)
 
     def convert(self, value: Tensor, *, source: str, target: str, z: Tensor, t: Tensor) -> Tensor:
@@ -82,14 +78,14 @@ class Path(ABC):
         limits.choice("target", target, KINDS)
         if source == target:
             return value
-        a, s = expand(self.a(t), z), expand(self.s(t), z)
+        a, s = append_dims(self.a(t), z), append_dims(self.s(t), z)
         if source == "score":
             if target == "eps":
                 return -s * value
             source, value = "eps", -s * value
         if target == "score":
             return -self.convert(value, source=source, target="eps", z=z, t=t) / s
-        da, ds = expand(self.da(t), z), expand(self.ds(t), z)
+        da, ds = append_dims(self.da(t), z), append_dims(self.ds(t), z)
         if source == "v":
             slope = a * ds - s * da  # determinant of (D, eps) -> (z, v); positive on every path
             return (ds * z - s * value) / slope if target == "denoiser" else (a * value - da * z) / slope
@@ -106,7 +102,7 @@ def transfer(z: Tensor, t: Tensor, *, source: Path, target: Path) -> tuple[Tenso
     z (B, ...), t (B,). Both states equal a (x + sigma e), only a differs.
     """
     new_t = target.t_of_sigma(source.sigma(t))
-    return z / expand(source.a(t), z) * expand(target.a(new_t), z), new_t
+    return z / append_dims(source.a(t), z) * append_dims(target.a(new_t), z), new_t
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from common import limits
 from common.diffusion.paths import VP
 from common.errors import UserError
 from common.nets.edm2 import MPConv, MPFourier, normalize, weights_kept
+from common.tensors import append_dims
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -112,7 +113,7 @@ class Preconditioner(nn.Module, ABC):
         x = x.to(wide)
         if isinstance(sigma, Real):
             limits.sigma("sigma", sigma)
-        sigma = torch.as_tensor(sigma, dtype=wide, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+        sigma = append_dims(torch.as_tensor(sigma, dtype=wide, device=x.device).reshape(-1), x)
         sigma = sigma.expand(x.shape[0], *sigma.shape[1:])
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         c_noise = c_noise.flatten()
@@ -337,4 +338,4 @@ class EDM2Precond(Preconditioner):
         if not hasattr(self, "logvar_linear"):
             raise UserError("return_logvar needs the uncertainty head, got logvar_channels=0. Set logvar_channels=128.")
         logvar = self.logvar_linear(self.logvar_fourier(c_noise))
-        return denoised, logvar.to(denoised.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        return denoised, append_dims(logvar.to(denoised.dtype), x)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from common import limits
-from common.diffusion.paths import Path, expand
+from common.diffusion.paths import Path
 from common.errors import UserError
+from common.tensors import append_dims
 
 
 def karras_grid(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
@@ -294,7 +295,7 @@ class AverageVelocitySteps:
         x = z.to(torch.float64) * getattr(velocity, "noise_scale", 1.0)
         for t, r in pairwise(grid):
             t, r = (torch.full((x.shape[0],), time, dtype=x.dtype, device=x.device) for time in (t, r))
-            x = x - expand(t - r, x) * velocity(x, t, r, **given).to(x.dtype)
+            x = x - append_dims(t - r, x) * velocity(x, t, r, **given).to(x.dtype)
         return x.to(z.dtype)
 
 

@@ -16,10 +16,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from common.deq.grads import Gradient, Implicit, Neumann
 from common.errors import UserError, nearest
+from common.tensors import only_shapes
 
 GRADIENTS = ("one_step", "bptt", "phantom", "implicit")
 NEGATIVE = ("error", "clamp", "trust")
@@ -242,7 +242,7 @@ def _gram(bases: Tensor) -> Tensor:
 
 
 def _has_values(x: Tensor) -> bool:
-    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
+    return not torch.compiler.is_compiling() and not only_shapes(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

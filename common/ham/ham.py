@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from common.deq.structure import without_autocast
 from common.errors import UserError, nearest
 from common.ham.decompose import NMF, Decomposition
+from common.tensors import is_channels_last
 
 BASES = ("random", "online", "learned")
 
@@ -83,7 +84,7 @@ class Ham(nn.Module):
             return self._forward(x, bases).to(x.dtype)
 
     def _forward(self, x: Tensor, bases: Tensor | None) -> Tensor:
-        shape, last = x.shape, _channels_last(x)
+        shape, last = x.shape, is_channels_last(x)
         x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
         x = x.reshape(shape[0] * self.groups, self.channels // self.groups, x.shape[2])
         x = x if self.spatial else x.transpose(1, 2)
@@ -148,7 +149,3 @@ def update_bases(module: nn.Module) -> int:
     for part in moving:
         part.update_bases()
     return len(moving)
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common import limits
 from common.losses.robust import pseudo_huber, squared_distance
+from common.tensors import append_dims, only_shapes, select_rows
 
 ADJUSTMENTS = ("sigmoid", "const")
 WEIGHTS = ("inverse_gap", "snrpk", "uniform")
@@ -181,12 +182,12 @@ class ConsistencyLoss:
             return net(x_t, sigma, **labels, dropout_masks=dropout_masks) - target
 
     def _target(self, teacher, y, x_t, t, r, eps, labels, masks, ode_teacher) -> Tensor:
-        if not self.skip_zero or _only_shapes(r):
+        if not self.skip_zero or only_shapes(r):
             live = r > 0
             safe = torch.where(live, r, t)  # ln(0) must not reach the network, not even to be thrown away
             x_r, end = self._earlier(y, x_t, t, safe, eps, labels, ode_teacher)
             predicted = teacher(x_r, safe.to(y.device, y.dtype, non_blocking=True), **labels, dropout_masks=masks)
-            return torch.where(_shaped(live, y).to(y.device, non_blocking=True), predicted.to(y.dtype), end)
+            return torch.where(append_dims(live, y).to(y.device, non_blocking=True), predicted.to(y.dtype), end)
         rows = (r > 0).nonzero().flatten()
         if rows.numel() == r.numel():
             x_r, _ = self._earlier(y, x_t, t, r, eps, labels, ode_teacher)
@@ -195,9 +196,7 @@ class ConsistencyLoss:
         if rows.numel():
             r, t = r[rows], t[rows]
             rows = rows.to(y.device, non_blocking=True)
-            y, x_t, eps = (_select(image, rows) for image in (y, x_t, eps))
-            labels = {name: _select(value, rows) for name, value in labels.items()}
-            masks = None if masks is None else tuple(_select(mask, rows) for mask in masks)
+            y, x_t, eps, labels, masks = select_rows((y, x_t, eps, labels, masks), rows, len(y))
             x_r, _ = self._earlier(y, x_t, t, r, eps, labels, ode_teacher)
             predicted = teacher(x_r, r.to(y.device, y.dtype, non_blocking=True), **labels, dropout_masks=masks)
             target = target.index_copy(0, rows, predicted.to(y.dtype))
@@ -217,32 +216,13 @@ class ConsistencyLoss:
         return x_r, denoised
 
 
-def _shaped(value: Tensor, like: Tensor) -> Tensor:
-    return value.reshape(-1, *[1] * (like.dim() - 1))
-
-
 def _on(value: Tensor, like: Tensor) -> Tensor:
     """value (B,) -> (B, 1, 1, 1) on the device and in the type of `like`."""
-    return _shaped(value.to(like.device, like.dtype, non_blocking=True), like)
-
-
-def _only_shapes(value: Tensor) -> bool:
-    """Planning and tests run on tensors without values; which rows have r = 0 is unknown there."""
-    return value.device.type == "meta" or torch._guards.detect_fake_mode(value) is not None
+    return append_dims(value.to(like.device, like.dtype, non_blocking=True), like)
 
 
 def _call(denoiser: Callable, x: Tensor, sigma: Tensor, labels: dict) -> Tensor:
     return denoiser(x, sigma.to(x.device, x.dtype, non_blocking=True), **labels).to(x.dtype)
-
-
-def _select(value: Tensor | None, rows: Tensor) -> Tensor | None:
-    """value[rows] with the memory layout of value; None and a single row that serves all samples stay as they are."""
-    if value is None or value.shape[0] == 1:
-        return value
-    picked = value.index_select(0, rows)
-    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous():
-        picked = picked.contiguous(memory_format=torch.channels_last)
-    return picked
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from common import limits
+from common.tensors import append_dims
 
 WEIGHTS = ("edm", "inverse_variance", "uniform")
 
@@ -55,7 +56,7 @@ class DenoisingLoss:
         sigma   (B,) > 0, data units, on any device
         """
         sigma = sigma.to(y.device, y.dtype, non_blocking=True)
-        scale = sigma.reshape(-1, *[1] * (y.dim() - 1))
+        scale = append_dims(sigma, y)
         inputs = {"class_labels": class_labels, "augment_labels": augment_labels, "dropout_masks": dropout_masks}
         if self.uncertainty:
             denoised, logvar = net(y + noise * scale, sigma, **inputs, return_logvar=True)

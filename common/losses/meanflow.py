@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from common import limits
 from common.deq.structure import without_autocast
-from common.diffusion.jvp import only_shapes, select_rows, total_derivative
-from common.diffusion.paths import expand
+from common.diffusion.jvp import total_derivative
 from common.errors import UserError
 from common.losses.robust import adaptive_weight, squared_distance
+from common.tensors import append_dims, known_to_host, select_rows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The mathematics
@@ -33,12 +33,12 @@ def average_velocity_target(v: Tensor, dudt: Tensor, t: Tensor, r: Tensor) -> Te
     dudt   (B, ...) total derivative of u by t at fixed r, dz/dt = v (`common.diffusion.jvp.total_derivative`)
     t, r   (B,), 0 <= r <= t <= 1
     """
-    return (v - expand(t - r, v) * dudt).detach()
+    return (v - append_dims(t - r, v) * dudt).detach()
 
 
 def compound_velocity(u: Tensor, dudt: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """V = u + (t - r) stopgrad(du/dt), (B, ...): an instantaneous velocity made of u. iMF; at r = t exactly u."""
-    return u + expand(t - r, u) * dudt.detach()
+    return u + append_dims(t - r, u) * dudt.detach()
 
 
 def guided_velocity(
@@ -50,7 +50,7 @@ def guided_velocity(
     v_uncond, v_cond   (B, ...) the network's velocities, without and with class
     omega, kappa   numbers or (B,); the guidance scale is omega / (1 - kappa). omega 1, kappa 0: v
     """
-    omega, kappa = (expand(k, v) if torch.is_tensor(k) else k for k in (omega, kappa))
+    omega, kappa = (append_dims(k, v) if torch.is_tensor(k) else k for k in (omega, kappa))
     total = omega * v + (1 - omega - kappa) * v_uncond
     return total if v_cond is None else total + kappa * v_cond
 
@@ -60,7 +60,7 @@ def guided_target(v: Tensor, v_cond: Tensor, v_uncond: Tensor, omega: Tensor) ->
 
     At its fixed point v_cond = v_uncond + omega (v - v_uncond): classifier-free guidance of scale omega.
     """
-    return v + expand(1 - 1 / omega, v) * (v_cond - v_uncond)
+    return v + append_dims(1 - 1 / omega, v) * (v_cond - v_uncond)
 
 
 def inside(t: Tensor, start: Tensor | float, end: Tensor | float) -> Tensor:
@@ -70,12 +70,12 @@ def inside(t: Tensor, start: Tensor | float, end: Tensor | float) -> Tensor:
 
 def velocity_from_data(z: Tensor, x: Tensor, t: Tensor, floor: float = 0.05) -> Tensor:
     """(z - x) / max(t, floor), (B, ...): the velocity that leads from z at t to x at 0. pMF; e - x for t >= floor."""
-    return (z - x) / expand(t.clamp(min=floor), z)
+    return (z - x) / append_dims(t.clamp(min=floor), z)
 
 
 def data_from_velocity(z: Tensor, u: Tensor, t: Tensor) -> Tensor:
     """z - t u, (B, ...): where velocity u leads from z at t. Inverse of `velocity_from_data` for t >= floor."""
-    return z - expand(t, z) * u
+    return z - append_dims(t, z) * u
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ class ImprovedMeanFlowLoss:
         found = _on_rows(compute, needed, fallback, start.z, start.t, v, start.labels, omega, given["omega"])
         target, direction = found.unbind(1)
         if start.dropped is not None:
-            target = torch.where(expand(start.dropped.to(v.device), v), v, target)
+            target = torch.where(append_dims(start.dropped.to(v.device), v), v, target)
         return target, direction
 
 
@@ -325,13 +325,12 @@ class _Start:
                 f"x and e must have one shape and t, r one value per sample, got x {tuple(x.shape)}, e "
                 f"{tuple(e.shape)}, t {tuple(t.shape)}, r {tuple(r.shape)}. Draw e like x and t, r with len(x)."
             )
-        read = t.device.type == "cpu" and not torch.compiler.is_compiling() and not only_shapes(t)
-        if read and bool((r > t).any() | (r < 0).any() | (t > 1).any()):
+        if known_to_host(t) and bool((r > t).any() | (r < 0).any() | (t > 1).any()):
             raise UserError("times must satisfy 0 <= r <= t <= 1 (0 = data, 1 = noise). Order each pair (t, r).")
         self.host_t, self.host_r = t, r
         self.t, self.r = (time.to(x.device, x.dtype, non_blocking=True) for time in (t, r))
         self.e = e.to(x.dtype)
-        self.z = (1 - expand(self.t, x)) * x + expand(self.t, x) * self.e
+        self.z = (1 - append_dims(self.t, x)) * x + append_dims(self.t, x) * self.e
         self.labels, self.dropped = class_labels, dropped
         if class_labels is not None and dropped is not None:
             class_labels = class_labels * ~dropped.to(x.device, non_blocking=True)[:, None]
@@ -356,16 +355,16 @@ def _on_rows(compute: Callable, wanted: Tensor, otherwise: Tensor, *inputs: Tens
     the network where the host can tell which they are.
     """
     with torch.no_grad():
-        if wanted.device.type != "cpu" or torch.compiler.is_compiling() or only_shapes(wanted):
+        if not known_to_host(wanted):
             found = compute(*inputs).to(otherwise.dtype)
-            return torch.where(expand(wanted.to(otherwise.device), otherwise), found, otherwise)
+            return torch.where(append_dims(wanted.to(otherwise.device), otherwise), found, otherwise)
         rows, count = wanted.nonzero().flatten(), len(wanted)
         if len(rows) == count:
             return compute(*inputs).to(otherwise.dtype)
         if len(rows) == 0:
             return otherwise
         rows = rows.to(otherwise.device, non_blocking=True)
-        found = compute(*(select_rows(value, rows, count) for value in inputs))
+        found = compute(*select_rows(inputs, rows, count))
         return otherwise.index_copy(0, rows, found.to(otherwise.dtype))
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.tensors import is_channels_last
 
 
 def dropout(x: Tensor, p: float, training: bool, mask: Tensor | None = None) -> Tensor:
@@ -54,9 +55,7 @@ def draw_masks(
     Values come in the order, and on a CPU from the stream, of F.dropout. Where x or the convolution `weight` is
     channels_last the masks are laid out so too, to match the activations; their values do not change.
     """
-    channels_last = any(
-        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (x, weight) if t.ndim == 4
-    )
+    channels_last = is_channels_last(x) or is_channels_last(weight)
     masks = []
     for p, shape in layers:
         mask = torch.empty(x.shape[0], *shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)

@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.nets.attention import attention, in_forward_mode
 from common.nets.dropout import dropout
 from common.nets.inputs import attention_heads, check_choice
+from common.tensors import append_dims, only_shapes
 
 ONEDNN = torch.backends.mkldnn.is_available()
 INIT_MODES = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
@@ -160,13 +161,12 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        if in_forward_mode() and (torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None):
+        if in_forward_mode() and (torch.compiler.is_compiling() or only_shapes()):
             # Neither torch.compile nor fake tensors can trace the tangent of the fused kernel (pytorch issue 152185).
             groups = x.unflatten(1, (self.num_groups, -1)).flatten(2)
             var, mean = torch.var_mean(groups, dim=2, correction=0, keepdim=True)
             x = ((groups - mean) * torch.rsqrt(var + self.eps)).view_as(x)
-            shape = (-1, *[1] * (x.ndim - 2))
-            return x * weight.view(shape) + bias.view(shape)
+            return x * append_dims(weight, x, dim=1) + append_dims(bias, x, dim=1)
         return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from common.errors import UserError
 from common.nets.attention import in_forward_mode, token_attention
 from common.nets.inputs import check_label_dims, check_positive
+from common.tensors import known_to_host
 
 THETA = 10000.0  # longest wavelength / 2 pi of every sinusoid here
 
@@ -129,7 +130,7 @@ def class_index(labels: Tensor | None, label_dim: int, z: Tensor) -> Tensor:
 
 def _check_range(index: Tensor, label_dim: int) -> None:
     # On an accelerator reading a value would wait for the device; while planning or compiling there is none.
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or torch._guards.detect_fake_mode(index) is not None:
+    if not known_to_host(index):
         return
     low, high = int(index.min()), int(index.max())
     if low < 0 or high > label_dim:

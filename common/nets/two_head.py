@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.nets.dit import check_times, told
 from common.nets.inputs import check_choice
 from common.nets.transformer import per_sample
+from common.tensors import append_dims
 
 
 class TwoHeadVelocity(nn.Module):
@@ -114,4 +115,4 @@ class TwoHeadVelocity(nn.Module):
     def _velocity(self, image: Tensor, z: Tensor, t: Tensor | float) -> Tensor:
         if self.prediction == "u":
             return image
-        return (z - image) / per_sample("t", t, z).clamp(min=self.t_floor).view(-1, 1, 1, 1).to(z.dtype)
+        return (z - image) / append_dims(per_sample("t", t, z).clamp(min=self.t_floor), z).to(z.dtype)

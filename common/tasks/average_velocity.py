@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from common import limits
 from common.diffusion.guidance import BoundVelocity
-from common.diffusion.jvp import only_shapes
 from common.errors import UserError
 from common.losses.meanflow import Terms
 from common.runtime.training.generative import GenerativeModule
 from common.runtime.training.seeding import Draws
+from common.tensors import only_shapes
 
 
 class Inputs(NamedTuple):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from common.nets.inputs import check_choice, check_positive
 from common.nets.mit import TwoHeadTransformer
 from common.nets.transformer import BottleneckPatchEmbedding, per_sample, rope_grid
+from common.tensors import append_dims
 
 
 class PixelMiT(TwoHeadTransformer):
@@ -72,4 +73,4 @@ class PixelMiT(TwoHeadTransformer):
         """(z - image) / max(t, t_floor) where the heads predict x, else the image itself."""
         if self.prediction == "u":
             return image
-        return (z - image) / per_sample("t", t, z).clamp(min=self.t_floor).view(-1, 1, 1, 1).to(z.dtype)
+        return (z - image) / append_dims(per_sample("t", t, z).clamp(min=self.t_floor), z).to(z.dtype)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from common.diffusion.guidance import Conditional
-from common.diffusion.jvp import only_shapes
 from common.diffusion.sample import ImageNoise, noise_shape
 from common.errors import UserError
 from common.runtime.training.callbacks import write_grid
 from common.runtime.training.module import ResearchModule
+from common.tensors import known_to_host
 
 
 class GenerativeModule(ResearchModule):
@@ -45,7 +45,7 @@ class GenerativeModule(ResearchModule):
         return nn.functional.one_hot(labels, self.net.label_dim).to(torch.float32)
 
     def _check_labels(self, labels: Tensor) -> None:
-        if labels.device.type != "cpu" or torch.compiler.is_compiling() or only_shapes(labels):
+        if not known_to_host(labels):
             return
         bad = labels[(labels < 0) | (labels >= self.net.label_dim)]
         if len(bad):

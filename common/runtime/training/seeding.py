@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from common.tensors import only_shapes
+
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from any mix of integers and words: sha256, so neighbouring steps are unrelated."""
@@ -47,7 +49,7 @@ class Draws:
 
     def normal(self, name: str, like: Tensor) -> Tensor:
         """Standard normal of the shape, dtype and device of `like` (B, ...)."""
-        if like.device.type == "meta" or torch._guards.detect_fake_mode(like) is not None:
+        if only_shapes(like):
             return torch.randn_like(like)  # planning: shapes only, generators cannot be traced
         shape = (like.shape[0] * self.world_size, *like.shape[1:])
         joint = torch.randn(shape, generator=self.generator(name, like.device), dtype=like.dtype, device=like.device)

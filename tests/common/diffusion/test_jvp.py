@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
-from common.diffusion.jvp import ForwardRules, select_rows, total_derivative
+from common.diffusion.jvp import ForwardRules, total_derivative
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss, MeanFlowLoss
 from common.nets.average_velocity import AverageVelocity
@@ -171,13 +171,6 @@ def test_only_the_rows_with_r_below_t_go_through_the_network():
     seen.clear()
     t = given["t"]
     assert not total_derivative(u, given["z"], t, t, (given["v"], 1.0, 0.0), conditions).any() and not seen
-
-
-def test_rows_keep_their_memory_layout():
-    x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
-    picked = select_rows(x, torch.tensor([0, 2]), 4)
-    assert picked.is_contiguous(memory_format=torch.channels_last) and torch.equal(picked, x[[0, 2]])
-    assert select_rows(None, torch.tensor([0]), 4) is None and select_rows(2.0, torch.tensor([0]), 4) == 2.0
 
 
 def test_dropout_masks_are_the_same_in_value_and_derivative():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from common.diffusion import paths
 from common.diffusion.paths import GVP, KINDS, VE, VP, DataTime, DiscreteVP, Linear
 from common.errors import UserError
+from common.tensors import append_dims
 
 PATHS = {
     "linear": Linear(),
@@ -27,7 +28,7 @@ MEAN, STD = 0.3, 0.5
 
 def gaussian(path, z, t):
     """All four posterior predictions for x ~ N(MEAN, STD^2), from the joint Gaussian of (x, e, z)."""
-    a, s, da, ds = (paths.expand(c(t), z) for c in (path.a, path.s, path.da, path.ds))
+    a, s, da, ds = (append_dims(c(t), z) for c in (path.a, path.s, path.da, path.ds))
     residual = (z - a * MEAN) / (a**2 * STD**2 + s**2)
     denoiser, eps = MEAN + a * STD**2 * residual, s * residual
     return {"denoiser": denoiser, "eps": eps, "v": da * denoiser + ds * eps, "score": -residual}
@@ -37,11 +38,11 @@ def gaussian(path, z, t):
 @pytest.mark.parametrize("source, target", list(itertools.product(KINDS, KINDS)))
 def test_conversions_are_exact_on_gaussian_data(path, source, target):
     t = torch.linspace(0.05, 0.9, 18, dtype=torch.float64)
-    z = torch.randn(18, 1, 2, 2, dtype=torch.float64) * paths.expand(path.s(t), torch.empty(18, 1, 2, 2))
+    z = torch.randn(18, 1, 2, 2, dtype=torch.float64) * append_dims(path.s(t), torch.empty(18, 1, 2, 2))
     truth = gaussian(path, z, t)
     got = path.convert(truth[source], source=source, target=target, z=z, t=t)
     # eps -> denoiser divides by a, which loses digits where almost no data is left; compare on the scale of z / a
-    scale = truth[target].abs().max() + (z / paths.expand(path.a(t), z)).abs().max()
+    scale = truth[target].abs().max() + (z / append_dims(path.a(t), z)).abs().max()
     assert (got - truth[target]).abs().max() <= 1e-10 * scale
     back = path.convert(got, source=target, target=source, z=z, t=t)
     assert (back - truth[source]).abs().max() <= 1e-10 * (truth[source].abs().max() + scale)
