@@ -45,9 +45,9 @@ def dual_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """
     if (
         torch.compiler.is_compiling()
+        or only_shapes(q, k, v)  # before autocast, which the meta device does not have
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.is_autocast_enabled(q.device.type)
-        or only_shapes(q, k, v)
     ):
         return None
     pairs = [forward_ad.unpack_dual(x) for x in (q, k, v)]
