@@ -17,6 +17,7 @@ from typing import Any
 from common.errors import UserError
 
 CHECKSUM_SUFFIX = ".sha256"
+_LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 
 _REASONS = {
     errno.ENOSPC: "the disk is full. Free some space and run again",
@@ -108,6 +109,26 @@ def sha256_file(path: str | os.PathLike) -> str:
     """sha256 of the file's bytes, 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lfs_pointer(source: str | os.PathLike | bytes) -> bool:
+    """Whether a file (or the bytes of one) is what git-lfs leaves in place of a file that was not fetched."""
+    if isinstance(source, bytes):
+        return source.startswith(_LFS_HEAD)
+    try:
+        with open(source, "rb") as file:
+            return file.read(len(_LFS_HEAD)) == _LFS_HEAD
+    except OSError:
+        return False
+
+
+def refuse_lfs_pointer(path: str | os.PathLike) -> None:
+    """Raises UserError with the command that fetches the file when `path` is a git-lfs pointer."""
+    if lfs_pointer(path):
+        raise UserError(
+            f"{path} is a git-lfs pointer, not the file itself. Fetch that in its repository with: "
+            f'git lfs pull --include="{Path(path).name}"'
+        )
 
 
 def checksum_path(path: str | os.PathLike) -> Path:

@@ -8,20 +8,31 @@ from numbers import Real
 from common.errors import UserError, nearest
 
 
-def number(name: str, value, *, above: float | None = None, least: float | None = None, most: float | None = None):
+def number(
+    name: str,
+    value,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+):
     """Return `value` when it is a finite-or-inf real number inside the limits, else raise `UserError`.
 
     above   value must be > above
     least   value must be >= least
+    below   value must be < below
     most    value must be <= most
     """
     wanted = [f"> {above:g}"] if above is not None else []
     wanted += [f">= {least:g}"] if least is not None else []
+    wanted += [f"< {below:g}"] if below is not None else []
     wanted += [f"<= {most:g}"] if most is not None else []
     allowed = " and ".join(wanted) or "a number"
     good = isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
     good = good and (above is None or value > above)
     good = good and (least is None or value >= least)
+    good = good and (below is None or value < below)
     good = good and (most is None or value <= most)
     if not good:
         raise UserError(f"{name} must be {allowed}, got {value!r}. Set {name} to a number in that range.")

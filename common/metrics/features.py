@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError, nearest
-from common.files import write_bytes
+from common.files import refuse_lfs_pointer, write_bytes
 from common.metrics.hashes import short_hash, tensors_hash
 from common.metrics.images import from_uint8
 from common.nets.resnet import CifarResNet
@@ -157,6 +157,7 @@ class Inception(FeatureExtractor):
                 f"it at {path.with_name(INCEPTION_FILE)}, or set weights to where it is; without it use FD-resnet56 or "
                 "FD-efflite0."
             )
+        refuse_lfs_pointer(path)
         data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
         if not digest.startswith(sha256.lower()):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.data.images.folder import ImageFiles
 from common.errors import UserError
-from common.files import sha256_file
+from common.files import refuse_lfs_pointer, sha256_file
 from common.metrics.features import FeatureExtractor
 from common.metrics.fid import GaussianStatistics
 from common.metrics.hashes import safe_name, short_hash
@@ -129,6 +129,7 @@ class StatisticsFile:
                 f"no reference statistics at {path}. Make them with python -m tools.fid_ref --out {path}, or set "
                 "evaluate.statistics to another file, or to null to measure against the data's own images."
             )
+        refuse_lfs_pointer(self.path)
         self.name = self.path.name
 
     @cached_property

@@ -1,40 +1,40 @@
 """A user's own pictures, for `sample.input`: found in a folder, read upright, answered by class numbers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.data import pictures
 from common.errors import UserError
 from common.files import atomic
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
-
-def find_pictures(files: Path) -> dict[str, Path]:
-    """Name -> picture, of one file or of all directly in a folder, in the order of their names.
+def find_pictures(files: Path | Sequence[Path]) -> dict[str, Path]:
+    """Name -> picture, of one file, of a list of them, or of all directly in a folder in the order of their names.
 
     Raises UserError when there is none.
     """
-    found = [files] if files.is_file() else sorted(p for p in files.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not isinstance(files, Path):
+        found = list(files)
+    elif files.is_file():
+        found = [files]
+    else:
+        found = [files / name for name in pictures.list_pictures(files, recursive=False)]
     if not found:
-        raise UserError(f"There is no picture in {files}. Put files of one of {', '.join(SUFFIXES)} there.")
+        endings = ", ".join(sorted(pictures.SUFFIXES))
+        raise UserError(f"There is no picture in {files}. Put files of one of {endings} there.")
     stems = [path.stem for path in found]
     # two formats of one name keep their endings
     return {path.stem if stems.count(path.stem) == 1 else path.name.replace(".", "_"): path for path in found}
 
 
 def read_picture(path: Path) -> Tensor:
-    """uint8 (3, H, W), turned as the camera says. Raises UserError naming a file that is no picture."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as a picture ({error}). Remove it, or save it anew as PNG.") from error
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    """uint8 (3, H, W), upright. Raises UserError naming a file that is no picture."""
+    picture = pictures.read_picture(path, what=f"The picture {path}", fix="Remove it, or save it anew as PNG.")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def write_classes(path: Path, classes: Tensor, palette) -> Path:

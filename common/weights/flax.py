@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import refuse_lfs_pointer
 
 _NDARRAY, _SCALAR = 1, 3  # extension types of flax.serialization
 _CHUNKED = "__msgpack_chunked_array__"
@@ -40,6 +41,7 @@ def read_flax(path: str | Path) -> dict[str, Tensor]:
         )
     if not path.is_file():
         raise UserError(f"Weights {path} do not exist. Check the path.")
+    refuse_lfs_pointer(path)
     try:
         if zipfile.is_zipfile(path):
             with np.load(path, allow_pickle=False) as file:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import checksum_path, verify_checksum
+from common.files import checksum_path, refuse_lfs_pointer, verify_checksum
 
 # What wrappers put in front of the names: Lightning modules, DDP, torch.compile, EMA containers.
 PREFIXES = ("model.", "module.", "net.", "ema.")
@@ -62,6 +62,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         path = path / "model.safetensors"
     if not path.is_file():
         raise UserError(f"Weights {path} do not exist. Check the path.")
+    refuse_lfs_pointer(path)
     if verify_checksum(path) is False:
         raise UserError(
             f"{path} is damaged or was changed: its sha256 is not the one in {checksum_path(path).name}. "

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import refuse_lfs_pointer
 
 _DTYPES = {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
 # A small file can describe an enormous tree by naming the same branch again and again.
@@ -54,6 +55,7 @@ def read_snapshot(path: str | Path, *, key: str = "ema") -> Snapshot:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist. Check the path.")
+    refuse_lfs_pointer(path)
     with open(path, "rb") as file:
         head = file.read(4)
         if head.startswith(b"PK"):

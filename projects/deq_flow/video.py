@@ -12,8 +12,8 @@ from torch import Tensor
 
 from common.data.flow.colours import flow_to_rgb
 from common.data.flow.frames import Frames
-from common.data.images.folder import SUFFIXES
 from common.data.images.module import to_unit_range
+from common.data.pictures import is_picture
 from common.errors import UserError
 from common.files import atomic, write_json
 from common.runtime.training import figures
@@ -47,7 +47,7 @@ def open_clips(path: Path) -> list[Clip]:
 
     Raises UserError for what is none of them, now or when it is read.
     """
-    if path.is_dir() or path.suffix.lower() in SUFFIXES:
+    if path.is_dir() or is_picture(path.name):
         frames = Frames(str(path))
         return [Clip(name, frames.read(name)) for name in frames.sequences]
     return [_film(path)]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from common.data.images.folder import SUFFIXES
+from common.data.pictures import is_picture, list_pictures, read_frames, read_picture, reason_of
 from common.data.source import UNREADABLE
 from common.errors import UserError, nearest
 
@@ -121,25 +121,25 @@ class ImageFile:
 
     def load(self) -> Signal:
         self.check()
+        fix = "Choose another with data.source.index."
+        if self.path.suffix != ".npy":
+            file = self._file()
+            picture = read_picture(file, what=f"{file} (picture {self.index})", fix=fix, channels=self.channels)
+            return picture_signal(picture, self.size, self.channels)
         try:
-            if self.path.suffix == ".npy":
-                stack = np.load(self.path, mmap_mode="r", allow_pickle=False)
-                picture = Image.fromarray(np.asarray(stack[self._bounded(len(stack))]).squeeze())
-            else:
-                with Image.open(self._file()) as opened:
-                    picture = opened.copy()
+            stack = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            picture = Image.fromarray(np.asarray(stack[self._bounded(len(stack))]).squeeze())
         except UserError:
             raise
-        except (*UNREADABLE, TypeError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"{self.path} (picture {self.index}) cannot be read ({error}). Choose another with data.source.index."
-            ) from error
+        except (*UNREADABLE, TypeError) as error:
+            what = f"{self.path} (picture {self.index})"
+            raise UserError(f"{what} cannot be read ({reason_of(error, self.path)}). {fix}") from error
         return picture_signal(picture, self.size, self.channels)
 
     def _file(self) -> Path:
         if self.path.is_file():
             return self.path
-        files = sorted(file for file in self.path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        files = [self.path / name for name in list_pictures(self.path)]
         return files[self._bounded(len(files))]
 
     def _bounded(self, count: int) -> int:
@@ -241,8 +241,9 @@ class Frames:
             pictures = self._pictures()
         except UserError:
             raise
-        except (*UNREADABLE, TypeError, RuntimeError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self.path} cannot be read as a clip ({error}). Give a folder of frames.") from error
+        except (*UNREADABLE, TypeError, RuntimeError) as error:
+            reason = reason_of(error, self.path)
+            raise UserError(f"{self.path} cannot be read as a clip ({reason}). Give a folder of frames.") from error
         signals = [picture_signal(picture, self.size, 3).values for picture in pictures]
         if not signals or any(s.shape != signals[0].shape for s in signals):
             sizes = sorted({tuple(s.shape[:2]) for s in signals})
@@ -255,18 +256,13 @@ class Frames:
     def _pictures(self) -> list[Image.Image]:
         wanted = slice(self.start, None if self.frames is None else self.start + self.frames)
         if self.path.is_dir():
-            files = sorted(file for file in self.path.glob(self.pattern) if file.suffix.lower() in SUFFIXES)
-            return [Image.open(file) for file in files[wanted]]
+            names = (file.relative_to(self.path).as_posix() for file in self.path.glob(self.pattern))
+            files = sorted(self.path / name for name in names if is_picture(name))
+            return [read_picture(file, what=f"The frame {file}") for file in files[wanted]]
         if self.path.suffix == ".npy":
             return [Image.fromarray(a) for a in np.load(self.path, mmap_mode="r", allow_pickle=False)[wanted]]
         if self.path.suffix.lower() == ".gif":
-            with Image.open(self.path) as film:
-                numbers = range(getattr(film, "n_frames", 1))[wanted]
-                pictures = []
-                for number in numbers:
-                    film.seek(number)
-                    pictures.append(film.convert("RGB"))
-                return pictures
+            return read_frames(self.path, what=f"The clip {self.path}", fix="Give a folder of frames.")[wanted]
         return [Image.fromarray(a) for a in self._film()[wanted]]
 
     def _film(self) -> np.ndarray:

@@ -99,3 +99,20 @@ def test_json_round_trip_and_bad_json(tmp_path):
         files.read_json(path)
     with pytest.raises(UserError, match="does not exist"):
         files.read_json(tmp_path / "none.json")
+
+
+def test_a_git_lfs_pointer_is_called_so_by_every_reader_of_weights(tmp_path):
+    from common.metrics.features import Inception
+    from common.metrics.reference import StatisticsFile
+    from common.weights.flax import read_flax
+    from common.weights.load import load_tensors
+    from common.weights.pickle import read_snapshot
+
+    readers = {
+        "a.safetensors": load_tensors, "a.pth": load_tensors, "a.pkl": read_snapshot, "a.msgpack": read_flax,
+        "b.pth": lambda path: Inception(weights=path), "a.npz": lambda path: StatisticsFile(path=path),
+    }  # fmt: skip
+    for name, reader in readers.items():
+        (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+        with pytest.raises(UserError, match=rf"{name} is a git-lfs pointer.*git lfs pull --include=\"{name}\""):
+            reader(tmp_path / name)

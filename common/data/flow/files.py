@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_png
 
+from common.data.pictures import picture_size, read_picture, reason_of
 from common.data.source import UNREADABLE
 from common.errors import UserError
 from common.files import write_bytes
@@ -20,16 +20,13 @@ KITTI_SCALE = 64.0  # steps of a KITTI file per pixel
 KITTI_ZERO = 32768
 UNKNOWN = 1e10  # written to .flo where the flow is unknown; components above UNKNOWN_ABOVE are read as unknown
 UNKNOWN_ABOVE = 1e9
+_FIX = "Put an intact copy there, or check data.root."
 _FLO_TAG = b"PIEH"  # the float32 202021.25, little-endian
 
 
 def read_image(path: str | Path) -> Tensor:
     """The picture, uint8 (3, H, W) 0..255; grey ones three times. Raises UserError naming a file that is no picture."""
-    try:
-        with Image.open(path) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
-        raise _unreadable("picture", path, error) from error
+    return torch.from_numpy(np.array(read_picture(path, what=f"The picture {path}", fix=_FIX))).permute(2, 0, 1)
 
 
 def read_flow(path: str | Path, *, scale: float = KITTI_SCALE) -> tuple[Tensor, Tensor]:
@@ -49,7 +46,7 @@ def read_flow(path: str | Path, *, scale: float = KITTI_SCALE) -> tuple[Tensor, 
         data = path.read_bytes()
         flow, valid = reader(data, scale) if reader is _read_png else reader(data)
     except (*UNREADABLE, RuntimeError) as error:  # RuntimeError: torchvision's PNG reader
-        raise _unreadable("flow", path, error) from error
+        raise UserError(f"The flow {path} cannot be read ({reason_of(error, path)}). {_FIX}") from error
     if valid is None:
         valid = (np.abs(flow) <= UNKNOWN_ABOVE).all(0)  # also False for nan
     flow = np.where(valid, flow, np.float32(0))
@@ -100,12 +97,8 @@ def write_flow(path: str | Path, flow: Tensor, valid: Tensor | None = None, *, s
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of a picture from the head of its file. Raises UserError as `read_image`."""
-    try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
-        raise _unreadable("picture", path, error) from error
+    """(height, width) of a picture from the head of its file, upright. Raises UserError as `read_image`."""
+    return picture_size(path, what=f"The picture {path}", fix=_FIX)
 
 
 def _read_flo(data: bytes) -> tuple[np.ndarray, None]:
@@ -159,10 +152,3 @@ def _png16(pixels: np.ndarray) -> bytes:
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     )
     return b"\x89PNG\r\n\x1a\n" + written
-
-
-def _unreadable(what: str, path: str | Path, error: BaseException) -> UserError:
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"The {what} {path} is missing. Put it there, or check data.root.")
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"The {what} {path} cannot be read ({reason}). Put an intact copy there.")

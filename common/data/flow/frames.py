@@ -1,16 +1,15 @@
 """Frames without ground truth: a folder of pictures, or one animated picture."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence
 from torch import Tensor
 
 from common.data.flow.files import read_image
-from common.data.images.folder import SUFFIXES
-from common.data.source import UNREADABLE
+from common.data.pictures import is_picture, list_pictures, read_frames
 from common.errors import UserError, nearest
 
 
@@ -18,20 +17,27 @@ class Frames:
     """Sequences of frames: `sequences` name -> number of frames, `read(name)` -> uint8 (N, 3, H, W).
 
     path  a folder: its pictures in the order of the number their names end with, one sequence for each name before that
-          number (`alley_1_0016.webp` belongs to `alley_1`); or one animated .gif, .webp or .png
+          number (`alley_1_0016.webp` belongs to `alley_1`). Where no two names belong together (`first.png`,
+          `second.png`) the folder is one sequence in the order of the names.
+          Or one animated .gif, .webp or .png; or a list of pictures, one sequence in that order
 
     Raises UserError when there is no picture, for a film (no reader comes with the requirements), and from `read` for
     damaged frames, frames of several sizes, and an unknown name.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str | Path | Sequence[str | Path]):
+        if not isinstance(path, str | Path):
+            files = [Path(file).expanduser() for file in path]
+            if not files:
+                raise UserError("The list of frames is empty. Name two pictures or more.")
+            self.path = files[0].parent
+            self._files = {"-".join(dict.fromkeys([files[0].stem, files[-1].stem])): files}
+            return
         self.path = Path(path).expanduser()
         self._files: dict[str, list[Path]] = {}
         if self.path.is_dir():
-            found = [p for p in self.path.iterdir() if p.suffix.lower() in SUFFIXES]
-            for file in sorted(found, key=lambda p: (_split(p), p.name)):
-                self._files.setdefault(_split(file)[0] or self.path.name, []).append(file)
-        elif self.path.is_file() and self.path.suffix.lower() in SUFFIXES:
+            self._files = _sequences(self.path)
+        elif self.path.is_file() and is_picture(self.path.name):
             self._files[self.path.stem] = []
         if not self._files:
             what = "is missing" if not self.path.exists() else "holds no pictures"
@@ -42,7 +48,7 @@ class Frames:
 
     @property
     def sequences(self) -> dict[str, int]:
-        return {name: len(files) or len(self._animation(name)) for name, files in self._files.items()}
+        return {name: len(files) or len(self._animation()) for name, files in self._files.items()}
 
     def read(self, name: str | None = None) -> Tensor:
         """The frames of one sequence, uint8 (N, 3, H, W); None: the only or first one."""
@@ -53,7 +59,7 @@ class Frames:
                 f"Sequences: {', '.join(self._files)}."
             )
         files = self._files[name]
-        frames = [read_image(file) for file in files] if files else self._animation(name)
+        frames = [read_image(file) for file in files] if files else self._animation()
         for number, frame in enumerate(frames):
             if frame.shape != frames[0].shape:
                 where = files[number] if files else f"frame {number} of {self.path}"
@@ -63,16 +69,22 @@ class Frames:
                 )
         return torch.stack(frames)
 
-    def _animation(self, name: str) -> list[Tensor]:
-        try:
-            with Image.open(self.path) as picture:
-                frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(picture)]
-        except (*UNREADABLE, Image.DecompressionBombError) as error:
-            raise UserError(f"The picture {self.path} cannot be read ({error}). Put an intact copy there.") from error
-        return [torch.from_numpy(frame).permute(2, 0, 1) for frame in frames]
+    def _animation(self) -> list[Tensor]:
+        frames = read_frames(self.path, what=f"The picture {self.path}")
+        return [torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames]
 
 
-def _split(file: Path) -> tuple[str, int]:
-    """(name of the sequence, number of the frame) of a file."""
+def _sequences(folder: Path) -> dict[str, list[Path]]:
+    """Name of each sequence -> its pictures in order; see `Frames`."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted((folder / name for name in list_pictures(folder, recursive=False)), key=_sequence_and_number):
+        found.setdefault(_sequence_and_number(file)[0] or folder.name, []).append(file)
+    if len(found) > 1 and all(len(files) == 1 for files in found.values()):
+        return {folder.resolve().name: sorted(file for files in found.values() for file in files)}
+    return found
+
+
+def _sequence_and_number(file: Path) -> tuple[str, int, str]:
+    """Name of the sequence, number of the frame, name of the file: the order of frames."""
     name, number = re.fullmatch(r"(.*?)[_\-. ]?(\d*)", file.stem).groups()
-    return name, int(number or 0)
+    return name, int(number or 0), file.name

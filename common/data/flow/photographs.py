@@ -1,7 +1,6 @@
 """Photographs that generated pairs are made of: scikit-image's, and folders or zips of pictures."""
 
 import hashlib
-import io
 import math
 import zipfile
 from collections import OrderedDict
@@ -14,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common.data.images.folder import SUFFIXES
+from common import limits
+from common.data.pictures import is_picture, list_pictures, read_member, read_picture
 from common.data.source import UNREADABLE
 from common.errors import UserError
 
@@ -39,8 +39,7 @@ class Photographs:
     """
 
     def __init__(self, *, folders: Sequence[str] = (), bundled: bool = True, held_out: float = 0.1):
-        if not 0 <= held_out < 1:
-            raise UserError(f"source.held_out must be a share in [0, 1), got {held_out}. Set 0.1.")
+        limits.number("source.held_out", held_out, least=0, below=1)
         if isinstance(folders, str):
             raise UserError(f"source.folders must be a list, got {folders!r}. Set source.folders=[{folders}].")
         self.folders, self.bundled, self.held_out = [Path(f).expanduser() for f in folders], bundled, held_out
@@ -106,11 +105,11 @@ class PhotographList:
 def _pictures(place: Path) -> list[str]:
     """Names of the pictures in a folder or zip, sorted. Raises UserError when it is neither, or empty."""
     if place.is_dir():
-        names = [p.relative_to(place).as_posix() for p in place.rglob("*") if p.suffix.lower() in SUFFIXES]
+        names = list(list_pictures(place))
     elif place.is_file() and place.suffix.lower() == ".zip":
         try:
             with zipfile.ZipFile(place) as archive:
-                names = [name for name in archive.namelist() if Path(name).suffix.lower() in SUFFIXES]
+                names = [name for name in archive.namelist() if is_picture(name)]
         except UNREADABLE as error:
             raise UserError(f"{place} cannot be read as a zip ({error}). Put an intact copy there.") from error
     else:
@@ -126,23 +125,17 @@ def read_photograph(place: Path | None, name: str) -> np.ndarray:
     place  a folder, a zip, or None for the photographs inside scikit-image
     Raises UserError naming a photograph that cannot be read.
     """
-    try:
-        if place is None:
-            from skimage import data
+    what = f"The photograph {place / name if place else name}"
+    if place is None:
+        from skimage import data
 
-            pixels = getattr(data, name)()
-            picture = Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels)
-        else:
-            if place.is_dir():
-                content = (place / name).read_bytes()
-            else:
-                with zipfile.ZipFile(place) as archive:
-                    content = archive.read(name)
-            picture = Image.open(io.BytesIO(content))
-        picture = picture.convert("RGB")
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
-        where = f"scikit-image's {name}" if place is None else f"{place / name}"
-        raise UserError(f"The photograph {where} cannot be read ({error}). Put an intact copy there.") from error
+        pixels = getattr(data, name)()
+        picture = Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels).convert("RGB")
+    elif place.is_dir():
+        picture = read_picture(place / name, what=what)
+    else:
+        with zipfile.ZipFile(place) as archive:
+            picture = read_picture(read_member(archive, name, what=what), what=what)
     if max(picture.size) > LONGEST:
         picture.thumbnail((LONGEST, LONGEST), Image.Resampling.BOX)
     return np.array(picture)

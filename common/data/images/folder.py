@@ -1,7 +1,6 @@
 """Pictures in a folder or a zip: the general data source, ImageNet-64 included."""
 
 import hashlib
-import io
 import json
 import os
 import zipfile
@@ -12,10 +11,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from common import limits
+from common.data.pictures import is_hidden, is_picture, list_pictures, read_member, read_picture
 from common.data.source import UNREADABLE, check_split
-from common.errors import UserError, nearest
+from common.errors import UserError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
 FITS = ("exact", "center", "adm")
 LABEL_FILE = "dataset.json"
 
@@ -34,6 +34,8 @@ class ImageFolder:
     verify       decode every picture when the split is loaded, so that a damaged one stops the run before it starts
     name         name used in messages and beside numbers
 
+    What counts as a picture and how it is read: `common.data.pictures`.
+
     Labels come from `dataset.json` (`{"labels": [["00000/img.png", 3], ...]}`, the layout of the EDM data tool) when
     there is one; else a picture's class is the rank of its top-level subfolder, as in torchvision's ImageFolder.
     """
@@ -50,14 +52,11 @@ class ImageFolder:
         verify: bool = False,
         name: str = "folder",
     ):
-        if fit not in FITS:
-            raise UserError(f"data.source.fit must be one of {', '.join(FITS)}, got {fit!r}. {nearest(fit, FITS)}")
+        limits.choice("data.source.fit", fit, FITS)
         if channels not in (1, 3):
             raise UserError(f"data.source.channels must be 1 or 3, got {channels}. Set one of the two.")
-        if resolution < 1:
-            raise UserError(f"data.source.resolution must be >= 1, got {resolution}. Set it to the width in pixels.")
-        if num_classes < 0:
-            raise UserError(f"data.source.num_classes must be >= 0, got {num_classes}. Set 0 to read no labels.")
+        limits.whole("data.source.resolution", resolution, least=1)
+        limits.whole("data.source.num_classes", num_classes)
         self.path = path
         self.test_path = test_path
         self.resolution = resolution
@@ -111,7 +110,7 @@ class ImageFiles:
         self.fit = fit
         self._zips: dict[int, zipfile.ZipFile] = {}
         self._sizes = self._list_zip() if path.is_file() else self._list_folder()
-        self.files = sorted(name for name in self._sizes if Path(name).suffix.lower() in SUFFIXES)
+        self.files = sorted(name for name in self._sizes if is_picture(name))
         if not self.files:
             raise UserError(f"{path} holds no pictures. Set data.root to another place, or put .png files there.")
         self.labels = self._read_labels(num_classes) if num_classes else np.zeros(len(self.files), dtype=np.int64)
@@ -126,19 +125,14 @@ class ImageFiles:
 
     def read(self, index: int) -> np.ndarray:
         """Picture `index`, uint8 (C, H, W). Raises UserError naming its path when it cannot be decoded."""
-        where = self.where(index)
-        try:
-            with Image.open(io.BytesIO(self._bytes(self.files[index]))) as picture:
-                picture = picture.convert("RGB" if self.channels == 3 else "L")
-        except (*UNREADABLE, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"Image {index} of the data set, {where}, cannot be decoded ({error}). Replace or delete that file."
-            ) from error
+        what = f"Image {index} of the data set, {self.where(index)},"
+        fix = "Replace or delete that file."
+        picture = read_picture(self._source(index, what, fix), what=what, fix=fix, channels=self.channels)
         if self.fit != "exact":
             picture = _fit(picture, self.resolution, self.fit)
         elif picture.size != (self.resolution, self.resolution):
             raise UserError(
-                f"Image {index} of the data set, {where}, is {picture.width}x{picture.height}, not "
+                f"{what} is {picture.width}x{picture.height}, not "
                 f"{self.resolution}x{self.resolution}. Set data.source.fit=center to crop and resize, or change "
                 "data.source.resolution."
             )
@@ -163,6 +157,11 @@ class ImageFiles:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_zips": {}}
 
+    def _source(self, index: int, what: str, fix: str) -> Path | bytes:
+        if not self.path.is_file():
+            return self.path / self.files[index]
+        return read_member(self._zip(), self.files[index], what=what, fix=fix)
+
     def _bytes(self, name: str) -> bytes:
         return self._zip().read(name) if self.path.is_file() else (self.path / name).read_bytes()
 
@@ -175,18 +174,13 @@ class ImageFiles:
 
     def _list_zip(self) -> dict[str, str]:
         try:
-            return {info.filename: f"{info.file_size}-{info.CRC:08x}" for info in self._zip().infolist()}
+            members = [info for info in self._zip().infolist() if not is_hidden(info.filename)]
+            return {info.filename: f"{info.file_size}-{info.CRC:08x}" for info in members}
         except UNREADABLE as error:
             raise UserError(f"{self.path} cannot be read as a zip ({error}). Put an intact copy there.") from error
 
     def _list_folder(self) -> dict[str, str]:
-        found = {}
-        for folder, _, names in os.walk(self.path, followlinks=True):
-            for name in names:
-                full = Path(folder) / name
-                if full.suffix.lower() in SUFFIXES or name == LABEL_FILE:
-                    found[full.relative_to(self.path).as_posix()] = str(full.stat().st_size)
-        return found
+        return {name: str(size) for name, size in list_pictures(self.path, also=(LABEL_FILE,)).items()}
 
     def _read_labels(self, num_classes: int) -> np.ndarray:
         labels = self._labels_from_json() if self.numbered else self._labels_from_folders()

@@ -1,7 +1,6 @@
 """Pictures with masks, read and checked pair by pair: whatever is wrong is said in one sentence naming the file."""
 
 import hashlib
-import io
 import os
 import zipfile
 from collections.abc import Sequence
@@ -10,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from common.data.pictures import INTACT, picture_size, read_member, read_picture, read_values, reason_of
 from common.data.segmentation.augment import IGNORE
 from common.data.segmentation.palette import Palette
 from common.data.source import UNREADABLE
@@ -77,11 +76,8 @@ class Pairs:
         """Picture uint8 (3, H, W) and mask uint8 (H, W), classes and 255. Raises UserError naming a file that cannot be
         read, a mask of another size than its picture, or one with a value that is no class."""
         place, mask = self.where(self.images[index]), self.mask(index)
-        try:
-            with Image.open(io.BytesIO(self._bytes(self.images[index]))) as picture:
-                image = np.array(picture.convert("RGB"))
-        except (*UNREADABLE, Image.DecompressionBombError) as error:
-            raise self._damaged("picture", place, error) from error
+        what = f"{self.name}: the picture {place}"
+        image = np.array(read_picture(self._source(self.images[index], what), what=what))
         if image.shape[:2] != tuple(mask.shape):
             raise UserError(
                 f"{self.name}: the mask {self.where(self.masks[index])} is {mask.shape[1]}x{mask.shape[0]}, its "
@@ -92,10 +88,7 @@ class Pairs:
     def mask(self, index: int) -> Tensor:
         """The mask of `read` alone."""
         place = self.where(self.masks[index])
-        try:
-            values = self._values(index)
-        except (*UNREADABLE, NotImplementedError, Image.DecompressionBombError) as error:
-            raise self._damaged("mask", place, error) from error
+        values = self._values(self.masks[index], f"{self.name}: the mask {place}")
         if values.ndim != 2 or values.dtype.kind not in "ui":
             raise UserError(
                 f"{self.name}: the mask {place} is a colour picture ({values.dtype} {values.shape}); masks hold one "
@@ -113,12 +106,8 @@ class Pairs:
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of a picture, from the head of its file. Raises UserError as `read`."""
-        place = self.where(self.images[index])
-        try:
-            with Image.open(io.BytesIO(self._bytes(self.images[index])) if self.archive else place) as picture:
-                return picture.height, picture.width
-        except (*UNREADABLE, Image.DecompressionBombError) as error:
-            raise self._damaged("picture", place, error) from error
+        what = f"{self.name}: the picture {self.where(self.images[index])}"
+        return picture_size(self._source(self.images[index], what), what=what)
 
     def where(self, name: str) -> str:
         """A file's path, or `<zip>:<member>`."""
@@ -140,17 +129,18 @@ class Pairs:
         info = self._zip().getinfo(name)
         return f"{info.file_size}-{info.CRC:08x}"
 
-    def _values(self, index: int) -> np.ndarray:
-        name = self.masks[index]
-        if name.endswith(".mat"):  # SBD: a struct with one field of interest
-            from scipy.io import loadmat
+    def _values(self, name: str, what: str) -> np.ndarray:
+        if not name.endswith(".mat"):
+            return read_values(self._source(name, what), what=what)
+        from scipy.io import loadmat  # SBD: a struct with one field of interest
 
+        try:
             return np.asarray(loadmat(name)["GTcls"][0]["Segmentation"][0])
-        with Image.open(io.BytesIO(self._bytes(name))) as picture:
-            return np.array(picture)
+        except (*UNREADABLE, NotImplementedError) as error:
+            raise UserError(f"{what} cannot be read ({reason_of(error, name)}). {INTACT}") from error
 
-    def _bytes(self, name: str) -> bytes:
-        return self._zip().read(name) if self.archive else Path(name).read_bytes()
+    def _source(self, name: str, what: str) -> Path | bytes:
+        return read_member(self._zip(), name, what=what) if self.archive else Path(name)
 
     def _zip(self) -> zipfile.ZipFile:
         # one handle per process: a file position shared with a forked worker would be read from two places
@@ -158,10 +148,6 @@ class Pairs:
         if process not in self._zips:
             self._zips[process] = zipfile.ZipFile(self.archive)
         return self._zips[process]
-
-    def _damaged(self, what: str, place: str, error: Exception) -> UserError:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return UserError(f"{self.name}: the {what} {place} cannot be read ({reason}). Put an intact copy there.")
 
 
 def check_pairs(pairs: Pairs, count: int | None) -> None:

@@ -20,7 +20,7 @@ def test_names_of_a_folder_and_of_one_file(tmp_path):
     assert list(find_pictures(tmp_path)) == ["a", "b", "c_bmp", "c_png"]
     assert find_pictures(tmp_path / "b.png") == {"b": tmp_path / "b.png"}
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"There is no picture in .*empty. Put files of one of .png"):
+    with pytest.raises(UserError, match=r"There is no picture in .*empty. Put files of one of .bmp"):
         find_pictures(tmp_path / "empty")
 
 
@@ -38,7 +38,7 @@ def test_pictures_are_upright_and_have_three_colours(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
 def test_a_broken_file_is_named(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"x.png cannot be read as a picture .*Remove it, or save it anew"):
+    with pytest.raises(UserError, match=r"x.png cannot be read .*Remove it, or save it anew"):
         read_picture(tmp_path / "x.png")
 
 

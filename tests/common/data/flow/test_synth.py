@@ -126,7 +126,7 @@ def test_a_panning_camera(pairs):
         ({"max_flow": 0.0}, r"source\.max_flow must be above 0"),
         ({"layer_radius": (0.4, 0.2)}, r"source\.layer_radius must be \[least, most\]"),
         ({"pairs": 0}, r"source\.pairs must be >= 1"),
-        ({"held_out": 1.0}, r"source\.held_out must be a share"),
+        ({"held_out": 1.0}, r"source\.held_out must be >= 0 and < 1"),
     ],
 )
 def test_wrong_numbers(options, message):

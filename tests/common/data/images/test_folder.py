@@ -82,7 +82,7 @@ def test_a_damaged_picture_is_named_with_its_path(tmp_path, place):
         files.take(np.array([0, 1]))
     message = str(caught.value)
     assert message.startswith("Image 1 of the data set, ") and named in message and "Replace or delete" in message
-    with pytest.raises(UserError, match="cannot be decoded"):
+    with pytest.raises(UserError, match="cannot be read"):
         ImageFolder(path=str(path), resolution=8, verify=True).load("train")
 
 
