@@ -217,7 +217,7 @@ def test_a_damaged_picture_is_named_and_may_be_skipped(stand_in, pictures, tmp_p
     bad.write_bytes(bad.read_bytes()[:60])
     out = tmp_path / "latents"
     assert encode(pictures, out, "--workers", workers) == 2
-    assert "class_b/04.png, cannot be decoded" in (error := capsys.readouterr().err) and "--skip-bad" in error
+    assert "class_b/04.png, cannot be read" in (error := capsys.readouterr().err) and "--skip-bad" in error
     assert encode(pictures, out, "--skip-bad", "--workers", workers) == 0
     assert "skipped: class_b/04.png" in (shown := capsys.readouterr().out) and "1 skipped, complete" in shown
     index = read_index(out)
