@@ -52,7 +52,7 @@ class LossNoise(Callback):
             with torch.enable_grad():
                 for number, batch in enumerate(islice(data.train_dataloader(), self.batches)):
                     # numbers no training step meets
-                    draws = Draws(seed=pl_module.seed, step=-1 - number)
+                    draws = Draws(seed=pl_module.context.seed, step=-1 - number)
                     batch = to_device(batch, data, pl_module.device)
                     x, t, r, e, conditions = pl_module.inputs(batch, draws=draws)
                     for name, loss in self.losses.items():

@@ -51,7 +51,7 @@ class LiftedMeanFlow(AverageVelocityModule):
         """Sums and counts; point i of the split is compared with generated point i."""
         plane, count = batch["plane"], float(len(batch["position"]))
         real = batch["image"].flatten(1)
-        made = self.generate(batch["position"].cpu(), sampler=self.picture_sampler, seed=1).flatten(1)
+        made = self.generate(batch["position"].cpu(), sampler=self.context.sampler, seed=1).flatten(1)
         noise = self.draws().normal("reference noise", batch["image"]).flatten(1) * self.noise_scale
         size = real.norm(dim=1).mean()
         flat, wanted, other = (points @ plane for points in (made, real, batch["other"].flatten(1)))
@@ -69,7 +69,7 @@ class LiftedMeanFlow(AverageVelocityModule):
     def preview(self, data, stem: Path, *, samples: int, seed: int) -> list[Path]:
         """`<stem>.png`: generated points over real ones, both seen in the plane."""
         indices = torch.arange(max(samples, 1000))
-        made = self.generate(indices, sampler=self.picture_sampler, seed=seed).flatten(1).cpu()
+        made = self.generate(indices, sampler=self.context.sampler, seed=seed).flatten(1).cpu()
         distance = off_plane(made, data.plane).mean()
         figure, axes = new_figure()
         figure.set_size_inches(5, 5)

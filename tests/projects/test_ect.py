@@ -16,6 +16,7 @@ from common.diffusion.sample import Multistep
 from common.diffusion.time import LogNormal
 from common.errors import UserError
 from common.losses.consistency import ConsistencyLoss
+from common.runtime.training.context import RunContext
 from common.runtime.verbs.assemble import assemble
 from common.runtime.verbs.plan import build_fake
 from projects.ect.module import Ect
@@ -35,7 +36,7 @@ def module(net: nn.Module, *, loss=None, time=None, **options) -> Ect:
         net=net, loss=loss or ConsistencyLoss(), time=time or LogNormal(mean=-1.1, std=2.0),
         optimizer=partial(torch.optim.RAdam, lr=1e-3), schedule=None, **schedule_of_stages,
     )  # fmt: skip
-    made.seed = 5
+    made.context = RunContext(seed=5)
     return made.train()
 
 

@@ -12,6 +12,7 @@ from common.diffusion.precond import EDMPrecond
 from common.diffusion.sample import Heun
 from common.diffusion.time import LogNormal
 from common.losses.denoising import DenoisingLoss
+from common.runtime.training.context import RunContext
 from projects.edm.module import Edm
 
 SD = 0.5
@@ -22,7 +23,7 @@ def module(net: nn.Module, *, augment=None, **loss) -> Edm:
         net=net, loss=DenoisingLoss(sigma_data=SD, **loss), time=LogNormal(mean=-1.2, std=1.2), augment=augment,
         optimizer=partial(torch.optim.Adam, lr=1e-3), schedule=None,
     )  # fmt: skip
-    made.seed = 5
+    made.context = RunContext(seed=5)
     return made.train()
 
 

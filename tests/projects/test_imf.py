@@ -10,6 +10,7 @@ from common.diffusion.time import GuidanceInterval, LabelDrop, LogitNormal, Orde
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss
 from common.nets.mit import MiT
+from common.runtime.training.context import RunContext
 from projects.imf.module import ImprovedMeanFlow
 
 
@@ -29,7 +30,7 @@ def module(net, *, omega=None, interval=None, label_drop=None, **loss) -> Improv
         time=OrderThenMask(base=LogitNormal(mean=-0.4), equal=0.5),
         optimizer=partial(torch.optim.Adam, lr=1e-3), schedule=None,
     )  # fmt: skip
-    made.seed = 5
+    made.context = RunContext(seed=5)
     return made.train()
 
 

@@ -10,6 +10,7 @@ from common.diffusion.sample import AverageVelocitySteps
 from common.diffusion.time import GuidanceInterval, LabelDrop, LogitNormal, OrderThenMask, PowerOmega
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss, MeanFlowLoss
+from common.runtime.training.context import RunContext
 from projects.imf.module import ImprovedMeanFlow
 
 TIMES = OrderThenMask(base=LogitNormal(mean=-0.4, std=1.0), equal=0.5, rows="spread")
@@ -48,7 +49,7 @@ def module(net: nn.Module, *, time=TIMES, omega=None, interval=None, label_drop=
         net=net, loss=ImprovedMeanFlowLoss(**loss), time=time, omega=omega, interval=interval, label_drop=label_drop,
         optimizer=partial(torch.optim.Adam, lr=1e-3), schedule=None,
     )  # fmt: skip
-    made.seed = 5
+    made.context = RunContext(seed=5)
     return made.train()
 
 

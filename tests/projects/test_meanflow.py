@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.losses.meanflow import MeanFlowLoss
 from common.nets.average_velocity import AverageVelocity
 from common.nets.dit import DiT
+from common.runtime.training.context import RunContext
 from projects.meanflow.module import MeanFlow
 
 
@@ -21,7 +22,7 @@ def module(net, *, equal=0.5, label_drop=None, augment=None, **loss) -> MeanFlow
         time=OrderThenMask(base=LogitNormal(mean=-0.4), equal=equal),
         optimizer=partial(torch.optim.Adam, lr=1e-3), schedule=None,
     )  # fmt: skip
-    made.seed = 5
+    made.context = RunContext(seed=5)
     return made.train()
 
 

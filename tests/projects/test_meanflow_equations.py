@@ -11,6 +11,7 @@ from common.diffusion.sample import AverageVelocitySteps
 from common.diffusion.time import LabelDrop, LogitNormal, OrderThenMask
 from common.errors import UserError
 from common.losses.meanflow import MeanFlowLoss
+from common.runtime.training.context import RunContext
 from projects.meanflow.module import MeanFlow
 
 TIMES = OrderThenMask(base=LogitNormal(mean=-0.4, std=1.0), equal=0.5, rows="spread")
@@ -43,7 +44,7 @@ def module(net: nn.Module, *, time=TIMES, label_drop=None, augment=None, **loss)
         net=net, loss=MeanFlowLoss(**loss), time=time, label_drop=label_drop, augment=augment,
         optimizer=partial(torch.optim.Adam, lr=1e-3), schedule=None,
     )  # fmt: skip
-    made.seed = 5
+    made.context = RunContext(seed=5)
     return made.train()
 
 

@@ -12,6 +12,7 @@ from common.diffusion.time import LogitNormal, MaskThenOrder
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss
 from common.runtime.cli.launch import register_resolvers
+from common.runtime.training.context import RunContext
 from common.runtime.verbs.assemble import assemble
 from common.runtime.verbs.export import write_export
 from common.weights.export import load
@@ -36,7 +37,7 @@ def module(net, *, noise_scale=1.0, perceptual=None) -> PixelMeanFlow:
         time=MaskThenOrder(base=LogitNormal(mean=0.8, std=0.8), equal=0.5), noise_scale=noise_scale,
         perceptual=perceptual, optimizer=partial(torch.optim.Adam, lr=1e-3), schedule=None,
     )  # fmt: skip
-    made.seed = 5
+    made.context = RunContext(seed=5)
     return made.train()
 
 

@@ -10,6 +10,7 @@ from common.diffusion.sample import AverageVelocitySteps
 from common.diffusion.time import GuidanceInterval, LabelDrop, LogitNormal, MaskThenOrder, PowerOmega
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss
+from common.runtime.training.context import RunContext
 from projects.pmf.method import Perceptual
 from projects.pmf.module import PixelMeanFlow
 
@@ -49,7 +50,7 @@ def module(
         net=net, loss=ImprovedMeanFlowLoss(**loss), time=time, omega=omega, interval=interval, noise_scale=noise_scale,
         perceptual=perceptual, label_drop=label_drop, optimizer=partial(torch.optim.Adam, lr=1e-3), schedule=None,
     )  # fmt: skip
-    made.seed = 5
+    made.context = RunContext(seed=5)
     return made.train()
 
 

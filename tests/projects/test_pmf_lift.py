@@ -1,5 +1,6 @@
 """pMF's toy: distances from the plane and discrepancies inside it have known answers; the narrow network learns."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from common.diffusion.time import LogitNormal, MaskThenOrder
 from common.losses.meanflow import ImprovedMeanFlowLoss
 from common.nets.mlp import MLPDenoiser
 from common.nets.two_head import TwoHeadVelocity
+from common.runtime.training.context import RunContext
 from projects.pmf.lift import BANDWIDTHS, LiftedMeanFlow, mmd2, off_plane
 from projects.pmf.lifted import LiftedCurve
 
@@ -23,7 +25,7 @@ def made(dimension: int, prediction: str = "x") -> LiftedMeanFlow:
         time=MaskThenOrder(base=LogitNormal(mean=-0.4, std=1.0)), noise_scale=1.0,
         optimizer=partial(torch.optim.Adam, lr=2e-3), schedule=None,
     )  # fmt: skip
-    module.picture_sampler = AverageVelocitySteps()
+    module.context = RunContext(sampler=AverageVelocitySteps())
     return module
 
 
@@ -67,7 +69,7 @@ def test_a_narrow_network_removes_the_noise_only_if_it_predicts_x(prediction, ne
     optimizer = module.configure_optimizers()
     module.train()
     for batch, step in zip(data.train_dataloader(), range(50)):
-        module.seed = step
+        module.context = replace(module.context, seed=step)
         optimizer.zero_grad()
         module.training_step(batch, 0).backward()
         optimizer.step()

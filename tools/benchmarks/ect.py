@@ -8,6 +8,7 @@ import argparse
 import copy
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +131,7 @@ def images(module: nn.Module, batch: int) -> Tensor:
 
 def times(module: nn.Module, repeat: int, batch: int) -> Tensor:
     """t (batch,) of this repeat, the same for every variant."""
-    module.seed = repeat
+    module.context = replace(module.context, seed=repeat)
     return module.draws().apply("t", module.time, batch)
 
 
@@ -152,12 +153,13 @@ class OurStep:
         self.guard = NonFiniteGuard()
         self.averages = instantiate(cfg.ema, _convert_="all")
         self.trainer = SimpleNamespace(precision="32-true", global_step=0, callbacks=[])
-        module.images_per_step = batch
+        module.context = replace(module.context, samples_per_step=batch)
         self.averages.on_fit_start(self.trainer, module)
 
     def __call__(self, case: str, repeat: int) -> dict:
         module, trainer = self.module, self.trainer
-        module.seed, module.first_stage = repeat, int(case.split()[-1])
+        module.context = replace(module.context, seed=repeat)
+        module.first_stage = int(case.split()[-1])
         self.optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext():
             loss = module.training_step(self.batch, 0)

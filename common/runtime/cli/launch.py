@@ -1,6 +1,5 @@
 """From a composed configuration to one of the verbs. No torch import here: `--help` and refusals must be instant."""
 
-import hashlib
 import os
 import re
 import sys
@@ -10,54 +9,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError, nearest, user_error
+from common.runtime.cli.identity import run_name
 
 VERBS = ("fit", "test", "sample", "export", "plan")
-
-# Overrides that change what is done with a run, not the run itself: the same training may be continued, evaluated and
-# sampled under any of them, so they do not enter the run's name.
-NEUTRAL = (
-    "task",
-    "seed",
-    "resume",
-    "run.",
-    "paths.",
-    "sample.",
-    "sampler@sample",
-    "evaluate.",
-    "evaluate=",
-    "logger",
-    "table",
-    "callbacks",
-    "published",
-    "plan.",
-    "hydra",
-    "trainer.max_steps",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer=",
-    "trainer.accelerator",
-    "trainer.strategy",
-    "trainer.enable_progress_bar",
-    "trainer.log_every_n_steps",
-    "data.root",
-    "data.num_workers",
-    "speed.threads",
-    "debug",
-    "+debug",
-    "+experiment",
-    "experiment",
-    "needs.",
-    "init.hint",
-    "sampler@evaluate",
-    "guidance=",
-)
-
-
-def run_name(seed, overrides) -> str:
-    """`seed0`, or `seed0-1a2b3c` when overrides change the result of the experiment."""
-    changing = sorted(o for o in overrides if not o.lstrip("+~").startswith(NEUTRAL) and not o.startswith(NEUTRAL))
-    digest = hashlib.sha256("\n".join(changing).encode()).hexdigest()[:6]
-    return f"seed{seed}" + (f"-{digest}" if changing else "")
 
 
 def register_resolvers() -> None:
@@ -75,9 +29,12 @@ def register_resolvers() -> None:
 
     OmegaConf.register_new_resolver("experiment_name", experiment_name, replace=True)
     OmegaConf.register_new_resolver("count", len, replace=True)  # of a list
-    OmegaConf.register_new_resolver(
-        "run_name", lambda seed: run_name(seed, list(hydra_value("hydra.overrides.task", []))), replace=True
-    )
+
+    def name(seed, _root_) -> str:
+        overrides = list(hydra_value("hydra.overrides.task", []))
+        return run_name(seed, overrides, OmegaConf.to_container(_root_, resolve=False))
+
+    OmegaConf.register_new_resolver("run_name", name, replace=True)
 
 
 def help_text(conf: Path) -> str:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import atomic
+from common.runtime.training.ema import WeightAverages, averaged, choose_average
+from common.runtime.training.module import evaluating
 
 # Dense bf16 matrix peak in TFLOP/s, from the vendors' data sheets.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0, "V100": 125.0}
@@ -18,14 +20,14 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090
 class Throughput(Callback):
     """Logs `perf/<unit>_per_s`, say images, and, when the device's peak is known, `perf/mfu` (model-FLOPs utilisation).
 
-    FLOPs of one optimiser step are counted once, by `plan`, on the first logged step. Kept out of the
+    FLOPs of one optimiser step are counted once, when training starts (`RunContext.count_flops`). Kept out of the
     exact-restart guarantee: it measures wall-clock time.
     """
 
     def __init__(self, *, every_n_steps: int = 50, peak_tflops: float | None = None):
         self.every_n_steps = every_n_steps
         self.peak_tflops = peak_tflops
-        self.flops_per_step: float | None = None  # set by the runtime when it is known
+        self.flops_per_step: float | None = None  # of the joint batch; None while unknown
         self.images_per_s = float("nan")  # or whatever the module counts
         self._started: tuple[float, int] | None = None
 
@@ -33,6 +35,8 @@ class Throughput(Callback):
         if self.peak_tflops is None and torch.cuda.is_available():
             name = torch.cuda.get_device_name()
             self.peak_tflops = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+        if self.peak_tflops and pl_module.context.count_flops:
+            self.flops_per_step = pl_module.context.count_flops()
         self._started = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
@@ -44,7 +48,7 @@ class Throughput(Callback):
         if step - from_step < self.every_n_steps:
             return
         seconds = time.perf_counter() - before
-        self.images_per_s = (step - from_step) * pl_module.images_per_step / seconds
+        self.images_per_s = (step - from_step) * pl_module.context.samples_per_step / seconds
         values = {f"perf/{unit_of(pl_module)}_per_s": self.images_per_s}
         if self.flops_per_step and self.peak_tflops:
             rate = self.flops_per_step * (step - from_step) / seconds
@@ -121,7 +125,7 @@ class SampleGrid(Callback):
     """Draws what the network does every N optimiser steps and at the end, always of the same samples.
 
     The module's `preview` writes `<folder>/step-<n>.png`, or several files in a folder `<folder>/step-<n>`. The
-    sampler, the average and the seed are those of the `sample` section, handed over by the runtime within `draw`.
+    sampler, the average and the seed are those of the `sample` section (`RunContext`).
     """
 
     def __init__(self, *, folder: str, every_n_steps: int | None = 5000, samples: int = 64):
@@ -132,7 +136,6 @@ class SampleGrid(Callback):
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.samples = samples
-        self.draw = None  # (stem, samples) -> files written; set by the runtime
         self._done = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,16 +143,20 @@ class SampleGrid(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
-            self._draw(trainer)
+            self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(trainer)
+        self._draw(trainer, pl_module)
 
-    def _draw(self, trainer: Trainer) -> None:
-        if self.draw is None or trainer.global_step == self._done or not trainer.is_global_zero:
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == self._done or not trainer.is_global_zero:
             return
         self._done = trainer.global_step
-        self.draw(self.folder / f"step-{trainer.global_step:08d}", self.samples)
+        context, stem = pl_module.context, self.folder / f"step-{trainer.global_step:08d}"
+        averages = next((c.averages for c in trainer.callbacks if isinstance(c, WeightAverages)), {})
+        with averaged(pl_module, choose_average(averages, context.picture_average)), evaluating(pl_module):
+            pl_module.refresh()
+            pl_module.preview(trainer.datamodule, stem, samples=self.samples, seed=context.picture_seed)
 
 
 def write_grid(path, images: Tensor, *, columns: int | None = None) -> Path:

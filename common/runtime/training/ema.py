@@ -60,11 +60,11 @@ class WeightAverages(Callback):
         if step == self._last_step or step % self.every:
             return
         self._last_step = step
-        batch_size = pl_module.images_per_step * self.every
+        batch_size = pl_module.context.samples_per_step * self.every
         named = dict(pl_module.named_parameters())
         for profile, decay in self.profiles.items():
             average = self.averages[profile]
-            beta = decay.decay(step=step, batch_size=batch_size, images_seen=step * pl_module.images_per_step)
+            beta = decay.decay(step=step, batch_size=batch_size, images_seen=step * pl_module.context.samples_per_step)
             update_(list(average.values()), [named[name].detach() for name in average], beta)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:

@@ -29,11 +29,6 @@ class GenerativeModule(ResearchModule):
     uses_sampler = True
     idle_parameters = ("map_augment",)  # planning leaves the augmentation out
 
-    def __init__(self, *, net: nn.Module, optimizer: Callable, schedule: Callable | None = None):
-        super().__init__(net=net, optimizer=optimizer, schedule=schedule)
-        self.picture_sampler = None  # that of the `sample` section; set by the runtime
-        self.decoder = None  # latents to images, for a network in latents (`common.weights.vae`); set by the runtime
-
     def one_hot(self, labels: Tensor | None) -> Tensor | None:
         """Class labels (B,) as the one-hot floats (B, label_dim) the networks take; None for unconditional ones.
 
@@ -86,13 +81,13 @@ class GenerativeModule(ResearchModule):
                 self._check_labels(labels)  # here: on another device nobody can look without waiting
                 labels = labels.to(self.device)
             made = sampler(self.denoiser(labels), noise.z, noise.noise)
-            return made if self.decoder is None else self.decoder(made)
+            return made if self.context.decoder is None else self.context.decoder(made)
         finally:
             self.net.train(was_training)
 
     def preview(self, data, stem: Path, *, samples: int, seed: int) -> list[Path]:
         """One grid `<stem>.png` of the first `samples` images."""
-        images = self.generate(torch.arange(samples), sampler=self.picture_sampler, seed=seed)
+        images = self.generate(torch.arange(samples), sampler=self.context.sampler, seed=seed)
         return [write_grid(stem.with_name(f"{stem.name}.png"), images)]
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.runtime.training.context import RunContext
 from common.runtime.training.seeding import Draws
 
 
@@ -16,7 +17,7 @@ class ResearchModule(LightningModule):
     """Abstract: owns the network, the optimiser recipe and the per-step random numbers.
 
     A paper's module implements `training_step` and `fake_batch`. It may implement `show` (task=sample, pictures during
-    training), `refresh` (what hangs on the weights), and `evaluation_step` with `finalise` (metrics over a split).
+    training), `refresh` (state derived from the weights), and `evaluation_step` with `finalise` (metrics over a split).
 
     net        the network, in state-dict keys `net.*`; a wrapper around the network that papers count keeps that one
                as `net.raw`
@@ -34,8 +35,7 @@ class ResearchModule(LightningModule):
         self.net = net
         self.make_optimizer = optimizer
         self.schedule = schedule
-        self.seed = 0  # set by the runtime
-        self.images_per_step = 0  # samples of the joint batch over ranks and accumulation; set by the runtime
+        self.context = RunContext()  # the runtime puts that of the run here
 
     @property
     def raw(self) -> nn.Module:
@@ -54,9 +54,12 @@ class ResearchModule(LightningModule):
     def draws(self) -> Draws:
         """The random numbers of the micro-step under way."""
         if self._trainer is None:
-            return Draws(seed=self.seed, step=0)
+            return Draws(seed=self.context.seed, step=0)
         return Draws(
-            seed=self.seed, step=self.micro_step, rank=self.trainer.global_rank, world_size=self.trainer.world_size
+            seed=self.context.seed,
+            step=self.micro_step,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
         )
 
     def log(self, name, value, **options) -> None:
@@ -95,7 +98,7 @@ class ResearchModule(LightningModule):
         return loss["loss"] if isinstance(loss, dict) else loss
 
     def refresh(self) -> None:
-        """Called when the weights were exchanged (an average, a checkpoint): bring up to date what hangs on them."""
+        """Recompute state derived from the weights. Called after they were exchanged (by an average, a checkpoint)."""
 
     def show(self, data, folder: Path, *, samples: int, seed: int) -> list[Path]:
         """Write pictures or text that show what the network does into `folder`; returns the files, the first one best.

@@ -2,19 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from common.errors import UserError, user_error
 from common.runtime.training.checkpoint import list_checkpoints
+from common.runtime.training.context import RunContext
 from common.runtime.training.module import ResearchModule
+from common.runtime.training.solver_health import equilibria
 from common.runtime.training.speed import apply_speed
 from common.runtime.training.weights import find_init
 from common.runtime.verbs.evaluate import Evaluation, SplitEvaluation
-from common.runtime.verbs.plan import micro_batch, world_size
+from common.runtime.verbs.plan import make_plan, micro_batch, world_size
 
 
 @dataclass
@@ -56,17 +60,26 @@ def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
         torch.set_num_threads(cfg.speed.threads)
     torch.manual_seed(cfg.seed)
     module = instantiate(cfg.project)
-    module.seed = cfg.seed
-    module.images_per_step = cfg.data.batch_size
-    if module.uses_sampler:
-        module.picture_sampler = sampler
-        module.decoder = build_decoder(cfg, needed=training or measuring)
+    module.context = RunContext(
+        seed=cfg.seed,
+        samples_per_step=cfg.data.batch_size,
+        sampler=sampler,
+        decoder=build_decoder(cfg, needed=training or measuring) if module.uses_sampler else None,
+        picture_average=cfg.sample.average,
+        picture_seed=cfg.sample.seed,
+        count_flops=partial(_planned_flops, cfg, module.net),
+    )
     if evaluation:
         evaluation.check(module, data)
     if training and not module.automatic_optimization:
         _check_manual(cfg)
     apply_speed(module, cfg)
     return Assembled(cfg, plain, Path(cfg.run.dir), data, module, sampler, evaluation)
+
+
+def _planned_flops(cfg: DictConfig, net: nn.Module) -> float | None:
+    """FLOPs of one optimiser step; None with an equilibrium, whose solver may stop before the plan's upper bound."""
+    return None if equilibria(net) else make_plan(cfg).flops_per_step
 
 
 def build_decoder(cfg: DictConfig, *, needed: bool):

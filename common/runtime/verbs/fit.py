@@ -10,31 +10,20 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError
-from common.files import write_json, write_text
-from common.runtime.cli import needs as companions
+from common.files import read_json, write_json, write_text
+from common.runtime.cli import needs
+from common.runtime.cli.identity import first_difference
 from common.runtime.cli.lock import only_run
-from common.runtime.training.callbacks import Progress, SampleGrid, Throughput
+from common.runtime.training.callbacks import Progress
 from common.runtime.training.checkpoint import SafeCheckpointIO, latest_complete, list_checkpoints
 from common.runtime.training.ema import WeightAverages, averaged, choose_average
 from common.runtime.training.figures import plot_curves
 from common.runtime.training.logger import MetricsCSV
-from common.runtime.training.module import evaluating
-from common.runtime.training.solver_health import equilibria
 from common.runtime.training.weights import find_init, initialise
 from common.runtime.verbs.assemble import Assembled, assemble, instantiate, task_overrides
 from common.runtime.verbs.evaluate import EvaluationCurve
 from common.runtime.verbs.export import write_export
 from common.runtime.verbs.report import comparison_table, environment, show, write_result
-from common.targets import current
-
-# What decides the weights of a run. A folder that holds another run under these is not continued.
-IDENTITY = (
-    "project", "ema", "seed", "data.batch_size", "data.seed", "data.shuffle", "data.xflip", "data.source",
-    "data.normalise", "data.radius", "init.average", "trainer.precision", "trainer.gradient_clip_val",
-    "trainer.accumulate_grad_batches",
-)  # fmt: skip
-
-PLACES = ("root", "cache_dir")  # where data lie, which may move
 
 
 def prepare_folder(run: Assembled, overrides: list[str]) -> Path | None:
@@ -54,38 +43,46 @@ def prepare_folder(run: Assembled, overrides: list[str]) -> Path | None:
             raise UserError(f"resume={resume} is no checkpoint file. Use resume=auto, resume=never or a step-*.ckpt.")
     else:
         start = latest_complete(checkpoints)
-    stored = folder / "config.yaml"
+    stored, inputs = folder / "config.yaml", folder / "inputs.json"
     if start is not None and stored.is_file():
-        _refuse_other_run(OmegaConf.load(stored), OmegaConf.create(run.plain), folder)
+        _refuse_other_run(OmegaConf.to_container(OmegaConf.load(stored)), run.plain, folder)
+    known = read_json(inputs) if start is not None and inputs.is_file() else {}
+    found = _data_fingerprint(run)
+    if found and known.get("data", found) != found:
+        raise UserError(
+            f"{folder} holds a run on other data: the files below data.root={run.plain['data'].get('root')} are not "
+            f"those it was started with. Choose another folder with run.dir=<folder>, or start over with resume=never."
+        )
+    write_json(inputs, {"data": found or known.get("data")})
     write_text(stored, OmegaConf.to_yaml(OmegaConf.create(run.plain)))
     write_text(folder / "overrides.yaml", OmegaConf.to_yaml(overrides))
     write_json(folder / "environment.json", environment())
     return start
 
 
-def _refuse_other_run(old: DictConfig, new: DictConfig, folder: Path) -> None:
-    for key in IDENTITY:
-        before, after = (_flat(OmegaConf.select(c, key), key) for c in (old, new))
-        for name in sorted(before.keys() | after.keys()):
-            if name.split(".")[-1] in PLACES:
-                continue
-            if before.get(name) != after.get(name):
-                raise UserError(
-                    f"{folder} holds a run with other settings: {name} was {before.get(name)}, is {after.get(name)}. "
-                    f"Choose another folder with run.dir=<folder>, or start over with resume=never."
-                )
+def _refuse_other_run(old: dict, new: dict, folder: Path) -> None:
+    found = first_difference(old, new)
+    if found is not None:
+        key, before, after = found
+        raise UserError(
+            f"{folder} holds a run with other settings: {key} was {before}, is {after}. "
+            f"Choose another folder with run.dir=<folder>, or start over with resume=never."
+        )
 
 
-def _flat(node, prefix: str) -> dict:
-    if not OmegaConf.is_config(node):
-        return {prefix: current(node) if prefix.endswith("._target_") and isinstance(node, str) else node}
-    items = node.items() if OmegaConf.is_dict(node) else enumerate(node)
-    return {k: v for key, child in items for k, v in _flat(child, f"{prefix}.{key}").items()}
+def _data_fingerprint(run: Assembled) -> str | None:
+    """Fingerprint of the split trained on; None for data that have none, such as mixtures of sets."""
+    split = getattr(run.data, "train_split", "train")
+    if split not in getattr(run.data, "splits", ()) or not hasattr(run.data, "fingerprint"):
+        return None
+    with suppress(UserError):  # of latents: the pictures they were made of may not be here
+        return run.data.fingerprint(split)
+    return None
 
 
 def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
     """Lightning's Trainer with our checkpoint files, averages and callbacks in their order."""
-    cfg, module = run.cfg, run.module
+    cfg = run.cfg
     averages = instantiate(cfg.ema)
     for wanted in (cfg.evaluate.average, cfg.sample.average):
         choose_average(dict.fromkeys(averages.profiles), wanted)  # refuse now, not after the last step
@@ -94,21 +91,6 @@ def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
     ordered = [averages, *callbacks.values()]
     if run.evaluation:
         ordered.insert(1, EvaluationCurve(run.evaluation, run.data, averages, progress))
-    for callback in ordered:
-        if isinstance(callback, SampleGrid):
-
-            def draw(stem: Path, count: int) -> list[Path]:
-                weights = choose_average(averages.averages, cfg.sample.average)
-                with averaged(module, weights), evaluating(module):
-                    module.refresh()
-                    return module.preview(run.data, stem, samples=count, seed=cfg.sample.seed)
-
-            callback.draw = draw
-        known = not equilibria(module.net)  # a solver that stops early costs less than the plan: no utilisation then
-        if isinstance(callback, Throughput) and known and (callback.peak_tflops or torch.cuda.is_available()):
-            from common.runtime.verbs.plan import make_plan
-
-            callback.flops_per_step = make_plan(cfg).flops_per_step
     loggers = [MetricsCSV(path=str(run.folder / "metrics.csv"))]
     loggers += [instantiate(node) for node in (cfg.logger or {}).values() if node is not None]
     trainer = instantiate_trainer(cfg, callbacks=ordered, logger=loggers, default_root_dir=str(run.folder))
@@ -136,7 +118,7 @@ def fit_task(cfg: DictConfig) -> float | None:
     overrides = task_overrides()
     run = assemble(cfg, training=True, measuring=True)
     results = {
-        name: companions.ensure(name, need, seed=cfg.seed, paths=run.plain["paths"])
+        name: needs.ensure(name, need, seed=cfg.seed, paths=run.plain["paths"])
         for name, need in (run.plain["needs"] or {}).items()
     }
     started = time.perf_counter()
@@ -251,7 +233,5 @@ def _last_loss(trainer: Trainer) -> float | None:
 
 
 def _earlier_seconds(folder: Path) -> float:
-    from common.files import read_json
-
     path = folder / "seconds.json"
     return float(read_json(path)["training"]) if path.is_file() else 0.0

@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.nets.conv_deq import ConvDEQ
 from common.nets.mdeq import MDEQ
 from common.runtime.cli.launch import register_resolvers
+from common.runtime.training.context import RunContext
 from common.runtime.training.module import evaluating
 from common.tasks.classification import RIGHT, WRONG, ImageClassification, write_predictions
 
@@ -73,7 +74,7 @@ def test_augmentation_is_for_training_and_a_function_of_the_step():
     first, again, plain = net.seen
     assert torch.equal(first, again) and not torch.equal(first, plain)
     assert torch.equal(plain, module.normalised(images))
-    module.seed = 1
+    module.context = RunContext(seed=1)
     module.train().outputs(batch)
     assert not torch.equal(first, net.seen[-1])
 

@@ -10,6 +10,7 @@ from torch import nn
 from common.diffusion.time import LogitNormal, OrderThenMask
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss, MeanFlowLoss
+from common.runtime.training.context import RunContext
 from common.runtime.training.seeding import Draws
 from common.tasks.loss_noise import LossNoise, Moments
 from projects.meanflow.module import MeanFlow
@@ -48,7 +49,7 @@ def measured(equal: float, batches: int = 8, losses=None) -> tuple[dict, MeanFlo
         net=Scale(), loss=MeanFlowLoss(), time=OrderThenMask(base=LogitNormal(mean=-0.4, std=1.0), equal=equal),
         label_drop=None, augment=None, optimizer=partial(torch.optim.Adam, lr=1e-3), schedule=None,
     )  # fmt: skip
-    module.seed = 7
+    module.context = RunContext(seed=7)
     module.eval()
     callback = LossNoise(losses=losses or LOSSES, batches=batches)
     callback.on_fit_end(SimpleNamespace(datamodule=Data()), module)

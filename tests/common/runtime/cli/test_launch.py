@@ -65,25 +65,6 @@ def test_an_output_that_cannot_be_written_names_the_place(error):
     assert "/locked/x" in sentence and "paths.outputs=" in sentence and code == 2
 
 
-@pytest.mark.parametrize("word", [
-    "task=test", "resume=never", "run.dir=/x", "sample.samples=3", "sampler@sample.sampler=heun", "evaluate=none",
-    "evaluate.samples=5", "logger=wandb", "callbacks.progress=null", "trainer.max_steps=9", "trainer=gpu",
-    "trainer.devices=4", "data.root=/x", "data.num_workers=3", "+debug=fast", "+experiment=x", "paths.outputs=/x",
-    "+guidance=omegas", "+sampler@evaluate.samplers.four=meanflow",
-])  # fmt: skip
-def test_what_does_not_change_the_weights_does_not_change_the_name(word):
-    assert launch.run_name(4, [word]) == "seed4"
-
-
-@pytest.mark.parametrize("word", [
-    "project.optimizer.lr=1", "data.batch_size=3", "ema.profiles.ema.decay=0.5", "net@project.net=ect_mlp",
-    "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1", "+project.x=1", "~ema.profiles.ema.decay",
-    "init.file=x",
-])  # fmt: skip
-def test_what_changes_the_weights_changes_the_name(word):
-    assert launch.run_name(4, [word]) != "seed4"
-
-
 def test_an_unknown_verb():
     cfg = OmegaConf.create({"task": "smaple"})
     with pytest.raises(UserError, match=r"task=smaple is not a verb. Closest: sample"):

@@ -8,13 +8,13 @@ from PIL import Image
 from common.errors import UserError
 from common.runtime.training import callbacks
 from common.runtime.training.callbacks import Progress, SampleGrid, Throughput, write_grid
+from common.runtime.training.context import RunContext
 from common.runtime.verbs import fit
 
 
 class Module:
-    images_per_step = 100
-
-    def __init__(self):
+    def __init__(self, flops: float | None = None):
+        self.context = RunContext(samples_per_step=100, count_flops=None if flops is None else lambda: flops)
         self.logged = []
 
     def log_dict(self, values) -> None:
@@ -33,8 +33,7 @@ def test_throughput_counts_images_over_the_clock(monkeypatch):
     is a quarter of their peak."""
     clock = [0.0]
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: clock[0])
-    measure, trainer, module = Throughput(every_n_steps=2, peak_tflops=1.0), Trainer(), Module()
-    measure.flops_per_step = 1e12
+    measure, trainer, module = Throughput(every_n_steps=2, peak_tflops=1.0), Trainer(), Module(flops=1e12)
     measure.on_train_start(trainer, module)
     for step in range(1, 6):
         clock[0] += 100.0 if step == 1 else 2.0  # warm-up does not count
@@ -45,8 +44,7 @@ def test_throughput_counts_images_over_the_clock(monkeypatch):
 
 def test_without_a_known_peak_there_is_no_utilisation(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    measure, trainer, module = Throughput(every_n_steps=1), Trainer(), Module()
-    measure.flops_per_step = 1e12
+    measure, trainer, module = Throughput(every_n_steps=1), Trainer(), Module(flops=1e12)
     measure.on_train_start(trainer, module)
     for trainer.global_step in (1, 2):
         measure.on_train_batch_end(trainer, module, None, None, 0)

@@ -9,6 +9,7 @@ from common.diffusion.precond import EDMPrecond
 from common.diffusion.sample import Heun, Multistep
 from common.errors import UserError
 from common.nets.mlp import MLPDenoiser
+from common.runtime.training.context import RunContext
 from common.runtime.training.generative import GenerativeModule, index_batches
 from common.runtime.verbs import fit
 
@@ -49,10 +50,10 @@ def test_generation_leaves_mode_gradients_and_streams_alone():
 def test_latents_are_decoded_wherever_images_are_asked_for(tmp_path):
     made, sampler = module(), Multistep()
     latents = made.generate(torch.arange(3), sampler=sampler, seed=0)
-    made.decoder = lambda z: z[:, :1].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    double = lambda z: z[:, :1].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    made.context = RunContext(sampler=sampler, decoder=double)
     images = made.generate(torch.arange(3), sampler=sampler, seed=0)
     assert images.shape == (3, 1, 8, 8) and torch.equal(images[..., ::2, ::2], latents[:, :1])
-    made.picture_sampler = sampler
     (picture,) = made.preview(None, tmp_path / "step", samples=3, seed=0)
     assert picture.is_file() and not any("decoder" in name for name in made.state_dict())
 
