@@ -16,7 +16,9 @@ HEADINGS = {
     "commands": ("command", "run it"),
     "published vs ours": ("published", "result"),
     "disagreements of paper and code": ("disagree",),
+    "what is not covered": ("not covered",),
 }
+README_LINES = 150
 FOREIGN_MODULES = {"pip", "venv", "pytest", "ruff"}
 REFERENCE = re.compile(r"`([\w./-]+\.py):([\w.]+)(?:\(\))?`")
 PLACEHOLDER = re.compile(r"<[^>]+>|\.\.\.|…|%")
@@ -27,7 +29,7 @@ def cards(root: Path = REPO) -> list[Path]:
 
 
 def pages(root: Path = REPO) -> list[Path]:
-    return [path for path in (root / "README.md", *cards(root)) if path.is_file()]
+    return [path for path in (root / "README.md", root / "projects/README.md", *cards(root)) if path.is_file()]
 
 
 # -- equation table ---------------------------------------------------------------------------------------------------
@@ -198,6 +200,29 @@ def test_the_readme_and_one_card_per_project_exist():
     missing = [f"projects/{path.parent.name}/README.md" for path in sorted((REPO / "projects").glob("*/module.py"))
                if not (path.parent / "README.md").is_file()]  # fmt: skip
     assert not missing and (REPO / "README.md").is_file(), missing
+
+
+def test_the_front_page_is_short():
+    lines = len((REPO / "README.md").read_text(encoding="utf-8").splitlines())
+    assert lines <= README_LINES, f"README.md has {lines} lines; long tables belong into the cards"
+
+
+@pytest.mark.parametrize("card", cards(), ids=name_of)
+def test_card_starts_with_idea_and_result(card):
+    """In this order, before the equations."""
+    before, found, _ = card.read_text(encoding="utf-8").partition("\n## Equations\n")
+    at = [before.find(what) for what in ("\n## Idea\n", "\n<!-- zoo:headline -->\n")]
+    assert found and -1 not in at and at == sorted(at), f"{name_of(card)}: idea, headline, then equations"
+
+
+@pytest.mark.parametrize("card", cards(), ids=name_of)
+def test_equations_name_their_place_in_the_paper(card):
+    rows = [line for line in card.read_text(encoding="utf-8").splitlines() if line.startswith("| paper | equation |")]
+    assert rows, f"{name_of(card)} has no equation table with the columns paper, equation, code"
+    empty = [
+        line for line in card.read_text(encoding="utf-8").splitlines() if re.match(r"\|\s*\|", line) and ".py" in line
+    ]
+    assert not empty, "\n".join(empty)
 
 
 @pytest.mark.parametrize("card", cards(), ids=name_of)

@@ -8,6 +8,8 @@ projects/<slug>/results.json. A relation that fails is recorded as failed.
     claim: one sentence of the paper
     source: arXiv number, table or figure
     seeds: [1, 2, 3]
+    headline:        # optional {says, name, measure, against, baseline}: a measure and its baseline for README.md,
+                     # shown as "<says>: <name> 8.3, <against> 33"
     runs:            # name -> {experiment, overrides: [key=value, ...], needs: [earlier run names]};
                      # "{teacher}" in an override stands for the folder of run `teacher` with the same seed;
                      # task=test among the overrides measures given weights instead of training
@@ -38,7 +40,8 @@ from common.runtime.verbs import report
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 FIELDS = {
-    "claim": {"claim", "source", "seeds", "runs", "measures", "relations"},
+    "claim": {"claim", "source", "seeds", "headline", "runs", "measures", "relations"},
+    "headline": {"says", "name", "measure", "against", "baseline"},
     "run": {"experiment", "overrides", "needs"},
     "measure": {"run", "metric", "says"},
     "relation": {"left", "op", "factor", "right", "says"},
@@ -60,7 +63,7 @@ def load_claim(slug: str, conf: Path = ROOT / "conf") -> dict:
         )
     claim = yaml.safe_load(path.read_text(encoding="utf-8"))
     where = f"conf/claim/{slug}.yaml"
-    _fields(claim, "claim", where, required=FIELDS["claim"])
+    _fields(claim, "claim", where, required=FIELDS["claim"] - {"headline"})
     if not claim["seeds"] or not all(isinstance(seed, int) for seed in claim["seeds"]):
         raise UserError(f"{where}: seeds must be a list of integers, got {claim['seeds']!r}.")
     seen: list[str] = []
@@ -80,6 +83,10 @@ def load_claim(slug: str, conf: Path = ROOT / "conf") -> dict:
     for name, measure in claim["measures"].items():
         _fields(measure, "measure", f"{where}: measures.{name}", required={"run", "metric"})
         _known(measure["run"], claim["runs"], f"{where}: measures.{name}.run", "a declared run")
+    if "headline" in claim:
+        _fields(claim["headline"], "headline", f"{where}: headline", required=FIELDS["headline"])
+        for key in ("measure", "baseline"):
+            _known(claim["headline"][key], claim["measures"], f"{where}: headline.{key}", "a declared measure")
     for index, relation in enumerate(claim["relations"]):
         here = f"{where}: relations.{index}"
         _fields(relation, "relation", here, required={"left", "op", "right"})

@@ -1,11 +1,13 @@
-"""Renders what the tree knows into README.md and the cards: `python -m tools.zoo [--check]`.
+"""Renders what the tree knows into README.md, projects/README.md and the cards: `python -m tools.zoo [--check]`.
 
 Between `<!-- zoo:<name> -->` and `<!-- /zoo -->` stand, written by this tool alone:
-    papers        one line per project, from the first line of projects/<slug>/__init__.py
-    experiments   one line per conf/experiment/*.yaml, from its header comment: what, command, cost
-    results       the newest record of projects/<slug>/results.json, and the `published:` numbers of the experiments
-In projects/<slug>/README.md the tables hold that project only. --check changes nothing and exits with 1 when a table is
-out of date.
+    papers        README.md: one line per paper and family, its headline beside the baseline, the verdict of its claim
+    publications  projects/README.md: per paper what was measured, what was only fake-run, what is not covered
+    headline      a card: the measured result in one sentence
+    experiments   a card: one line per conf/experiment/*.yaml, from its header comment: what, cost
+    results       a card: the newest record of projects/<slug>/results.json and the papers' published numbers
+Numbers come from the record; words come from conf/claim/<slug>.yaml, so that a better word needs no new run.
+--check changes nothing and exits with 1 when a table is out of date.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import ast
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -23,24 +26,53 @@ from common.runtime.verbs.report import markdown_table, show
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- zoo:(\w+) -->\n?)(.*?)(<!-- /zoo -->)", re.DOTALL)
+TITLE = re.compile(r"(?P<short>[^:]+): (?P<title>.+) \((?P<venue>[^()]+)\), arXiv (?P<arxiv>\d{4}\.\d{4,5})\.")
+OTHER = "Other"  # the family of a paper that names none
+NOT_COVERED = "## Not covered"  # the section of a card that projects/README.md repeats
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the tree knows
 
 
-def projects(root: Path = ROOT) -> dict[str, str]:
-    """slug -> first line of the project's docstring, such as "ECT: title (venue), arXiv 0000.00000."."""
+@dataclass(frozen=True)
+class Paper:
+    """A project, as the docstring of its `__init__.py` introduces it."""
+
+    slug: str
+    short: str  # the name people use, such as ECT
+    title: str
+    venue: str
+    arxiv: str
+    family: str
+
+
+def projects(root: Path = ROOT) -> dict[str, Paper]:
+    """slug -> paper, from docstrings such as "ECT: title (ICLR 2025), arXiv 2406.14548." and "Family: diffusion.".
+
+    Raises `UserError` for a first line of another form.
+    """
     found = {}
     for path in sorted((root / "projects").glob("*/__init__.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        found[path.parent.name] = docstring.partition("\n")[0].strip()
+        match = TITLE.fullmatch(docstring.partition("\n")[0].strip())
+        if match is None:
+            raise UserError(
+                f"{path.relative_to(root)} must begin with a docstring like 'ECT: Title (Venue 2025), arXiv "
+                f"2406.14548.', got {docstring.partition(chr(10))[0]!r}."
+            )
+        family = re.search(r"^Family: (.+)\.$", docstring, re.MULTILINE)
+        found[path.parent.name] = Paper(path.parent.name, **match.groupdict(), family=family[1] if family else OTHER)
     return found
 
 
 def experiments(root: Path = ROOT) -> list[dict]:
-    """`slug`, `name`, `what`, `command`, `cost` and `published` of each experiment file, by name."""
+    """`slug`, `name`, `what`, `command`, `cost`, `published` and `small` of each experiment file, by name.
+
+    small  whether it trains on a CPU by default, by itself or by the experiment it starts from
+    """
     found = []
+    bases: dict[str, list] = {}
     slugs = sorted(projects(root), key=len, reverse=True)
     for path in sorted((root / "conf/experiment").glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
@@ -53,6 +85,7 @@ def experiments(root: Path = ROOT) -> list[dict]:
         command = next((line for line in header if line.startswith("python -m ")), None)
         after = header[header.index(command) + 1 :] if command else []
         content = yaml.safe_load(text) or {}
+        bases[path.stem] = content.get("defaults") or []
         found.append(
             {
                 "slug": next((slug for slug in slugs if path.stem == slug or path.stem.startswith(f"{slug}_")), None),
@@ -63,7 +96,20 @@ def experiments(root: Path = ROOT) -> list[dict]:
                 "published": content.get("published") or [],
             }
         )
+    for experiment in found:
+        experiment["small"] = _on_cpu(experiment["name"], bases)
     return found
+
+
+def _on_cpu(name: str, bases: Mapping[str, list]) -> bool:
+    """Whether the last choice of trainer along the defaults of an experiment is the CPU."""
+    small = False
+    for entry in bases.get(name, []):
+        if isinstance(entry, str) and (base := entry.rpartition("/")[2]) in bases:
+            small = _on_cpu(base, bases)
+        elif isinstance(entry, dict) and "override /trainer" in entry:
+            small = entry["override /trainer"] == "cpu"
+    return small
 
 
 def newest_record(root: Path, slug: str) -> dict | None:
@@ -73,32 +119,113 @@ def newest_record(root: Path, slug: str) -> dict | None:
     return records[-1] if records else None
 
 
+def claim_words(root: Path, slug: str) -> dict:
+    """The declaration in conf/claim/<slug>.yaml, {} when there is none."""
+    path = root / "conf/claim" / f"{slug}.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
+def not_covered(root: Path, slug: str) -> str:
+    """The text of the card's section "Not covered", without its heading."""
+    path = root / "projects" / slug / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    _, found, rest = text.partition(f"\n{NOT_COVERED}\n")
+    return re.split(r"^## ", rest, flags=re.MULTILINE)[0].strip() if found else ""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The tables; `only` is the slug of a card, None for the README
+# The tables; `only` is the slug of a card, None for a page about all papers
 
 
 def papers_table(root: Path, only: str | None) -> str:
-    rows = []
-    for slug, title in projects(root).items():
-        if only in (None, slug):
-            card = root / "projects" / slug / "README.md"
-            record = newest_record(root, slug)
+    """A table per family: paper, headline beside its baseline, verdict."""
+    found = projects(root)
+    parts = []
+    for family in families(found.values()):
+        rows = []
+        for paper in (paper for paper in found.values() if paper.family == family):
+            record = newest_record(root, paper.slug)
+            what, ours, baseline = headline(root, paper.slug, record)
             rows.append(
                 {
-                    "project": f"[{slug}](projects/{slug}/README.md)"
-                    if card.is_file() and only is None
-                    else f"`{slug}`",
-                    "paper": title,
-                    "experiments": sum(experiment["slug"] == slug for experiment in experiments(root)),
-                    "claim": _verdict(record) if record else "-",
+                    "paper": f"[{paper.short}](projects/{paper.slug}/README.md): {paper.title}, {paper.venue}",
+                    "measured here": f"{what}: {ours}" if what else "-",
+                    "beside": baseline or "-",
+                    "claim": verdict(record) if record else "-",
                 }
             )
-    return markdown_table(rows)
+        parts.append(f"**{family}**\n\n{markdown_table(rows)}")
+    return "\n".join(parts)
 
 
-def _verdict(record: Mapping) -> str:
-    held = sum(relation["held"] for relation in record["relations"])
-    return f"{held} of {len(record['relations'])} relations held"
+def families(papers) -> list[str]:
+    """Families by the slug of their first paper; papers without a family come last."""
+    return sorted(dict.fromkeys(paper.family for paper in papers), key=lambda family: family == OTHER)
+
+
+def headline(root: Path, slug: str, record: Mapping | None) -> tuple[str, str, str]:
+    """("FD-digits in one step", "ECT 8.29 ± 0.7", "random weights 33.1 ± 0.46"); empty without a record of it."""
+    chosen = claim_words(root, slug).get("headline")
+    measures = record["measures"] if record else {}
+    if not chosen or chosen["measure"] not in measures or chosen["baseline"] not in measures:
+        return "", "", ""
+    ours = f"{chosen['name']} {_number(measures[chosen['measure']])}"
+    return chosen["says"], ours, f"{chosen['against']} {_number(measures[chosen['baseline']])}"
+
+
+def _number(row: Mapping) -> str:
+    return f"{row['mean']:.3g}" + ("" if row["spread"] is None else f" ± {row['spread']:.2g}")
+
+
+def verdict(record: Mapping) -> str:
+    """Such as "7 of 7": how many relations of the claim held."""
+    return f"{sum(relation['held'] for relation in record['relations'])} of {len(record['relations'])}"
+
+
+def headline_sentence(root: Path, only: str | None) -> str:
+    record = newest_record(root, only)
+    if record is None:
+        return "Nothing was measured yet.\n"
+    what, ours, baseline = headline(root, only, record)
+    measured = f"{what}: **{ours}**, {baseline} (mean ± standard deviation over seeds). " if what else ""
+    return f"Measured here: {measured}{verdict(record)} relations of the [claim](#published-and-ours) held.\n"
+
+
+def publications_list(root: Path, only: str | None) -> str:
+    """Per paper: what was measured, what was only fake-run, what is not covered."""
+    known = experiments(root)
+    parts = []
+    found = projects(root)
+    for family in families(found.values()):
+        parts.append(f"## {family}\n")
+        for paper in (paper for paper in found.values() if paper.family == family):
+            record = newest_record(root, paper.slug)
+            trained = {run["experiment"] for run in record["runs"].values() if "experiment" in run} if record else set()
+            rest = [one for one in known if one["slug"] == paper.slug and one["name"] not in trained]
+            parts.append(f"### [{paper.short}]({paper.slug}/README.md): {paper.title}\n\n{paper.venue}, "
+                         f"[arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})\n")  # fmt: skip
+            if record:
+                words = claim_words(root, paper.slug).get("claim", record["claim"])
+                measured = f"{words}: {verdict(record)} relations held. Runs: {_names(sorted(trained)) or 'none'}."
+            else:
+                measured = "nothing yet."
+            fake = _names(one["name"] for one in rest if not one["small"]) or "none"
+            small = _names(one["name"] for one in rest if one["small"])
+            parts.append(
+                f"- **Measured here**: {measured}\n"
+                + (f"- **Small, outside the claim**: {small}.\n" if small else "")
+                + f"- **Fake-run only**: {fake}.\n- **Not covered**:"
+                + f"{_indented(not_covered(root, paper.slug)) or ' nothing is written down.'}\n"
+            )
+    return "\n".join(parts)
+
+
+def _names(names) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _indented(text: str) -> str:
+    return "".join(f"\n  {line}" for line in text.splitlines())
 
 
 def experiments_table(root: Path, only: str | None) -> str:
@@ -106,17 +233,14 @@ def experiments_table(root: Path, only: str | None) -> str:
         [
             {"experiment": f"`{experiment['name']}`", "what": experiment["what"], "cost": experiment["cost"] or "-"}
             for experiment in experiments(root)
-            if only in (None, experiment["slug"])
+            if experiment["slug"] == only
         ]
     )
 
 
 def results_table(root: Path, only: str | None) -> str:
-    parts = []
-    for slug in projects(root):
-        record = newest_record(root, slug) if only in (None, slug) else None
-        if record:
-            parts.append(_measured(slug, record))
+    record = newest_record(root, only)
+    parts = [_measured(root, only, record)] if record else []
     published = [
         {
             "experiment": f"`{experiment['name']}`",
@@ -125,7 +249,7 @@ def results_table(root: Path, only: str | None) -> str:
             "source": entry["source"],
         }
         for experiment in experiments(root)
-        if only in (None, experiment["slug"])
+        if experiment["slug"] == only
         for entry in experiment["published"]
     ]
     if published:
@@ -136,7 +260,9 @@ def results_table(root: Path, only: str | None) -> str:
     return "\n".join(parts) or "(nothing recorded)\n"
 
 
-def _measured(slug: str, record: Mapping) -> str:
+def _measured(root: Path, slug: str, record: Mapping) -> str:
+    words = claim_words(root, slug)
+    says = {_relation(relation): relation.get("says") for relation in words.get("relations", [])}
     seeds = ", ".join(map(str, record["seeds"]))
     rows = []
     for name, row in record["measures"].items():
@@ -145,7 +271,7 @@ def _measured(slug: str, record: Mapping) -> str:
         rows.append(
             {
                 "run": f"`{row['run']}`",
-                "measured": row.get("says", name),
+                "measured": words.get("measures", {}).get(name, {}).get("says") or row.get("says", name),
                 "metric": kind.get("name", row["metric"]),
                 "images": kind.get("samples"),
                 "mean ± sd over seeds": f"{show(row['mean'])}{spread}",
@@ -153,7 +279,7 @@ def _measured(slug: str, record: Mapping) -> str:
         )
     relations = [
         {
-            "the claim": relation["says"],
+            "the claim": says.get(_relation(relation)) or relation["says"],
             "asked": f"{relation['left']} {relation['op']} {show(relation['factor'])} x {relation['right']}",
             "ratio of means": relation["ratio"],
             "seeds": f"{sum(relation['per_seed'].values())} of {len(relation['per_seed'])}",
@@ -161,16 +287,22 @@ def _measured(slug: str, record: Mapping) -> str:
         }
         for relation in record["relations"]
     ]
+    claim, source = (words.get(key, record[key]) for key in ("claim", "source"))
     commit = record["commit"][:10] + (" with local changes" if record["dirty"] else "")
     return (
-        f"Measured here, claim `{slug}`: {record['claim']} ({record['source']})\n\n{markdown_table(rows)}\n"
+        f"Measured here, claim `{slug}`: {claim} ({source})\n\n{markdown_table(rows)}\n"
         f"{markdown_table(relations)}\n"
         f"Seeds {seeds}; {record['wall_time_s'] / 60:.0f} minutes of runs on {record['hardware']}; "
         f"commit {commit}, {record['date']}. Again: `make claim-{slug}`.\n"
     )
 
 
-TABLES = {"papers": papers_table, "experiments": experiments_table, "results": results_table}
+def _relation(relation: Mapping) -> tuple:
+    return relation["left"], relation["op"], float(relation.get("factor", 1)), relation["right"]
+
+
+OF_ALL = {"papers": papers_table, "publications": publications_list}
+OF_ONE = {"headline": headline_sentence, "experiments": experiments_table, "results": results_table}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,22 +312,24 @@ TABLES = {"papers": papers_table, "experiments": experiments_table, "results": r
 def pages(root: Path = ROOT) -> list[tuple[Path, str | None]]:
     """(file, slug or None) of every page that may hold tables."""
     cards = [(path, path.parent.name) for path in sorted((root / "projects").glob("*/README.md"))]
-    return [(root / "README.md", None)] * (root / "README.md").is_file() + cards
+    return [(path, None) for path in (root / "README.md", root / "projects/README.md") if path.is_file()] + cards
 
 
 def rendered(path: Path, only: str | None, root: Path = ROOT) -> str:
-    """The page with its tables made anew. Raises `UserError` for a table this tool does not know or an open marker."""
+    """The page with its tables made anew. Raises `UserError` for a table this page cannot hold or an open marker."""
     text = path.read_text(encoding="utf-8")
     if len(re.findall(r"<!-- zoo:", text)) != len(BLOCK.findall(text)):
         raise UserError(f"{path.relative_to(root)} has a <!-- zoo:... --> marker without <!-- /zoo -->. Close it.")
+    tables = OF_ALL if only is None else OF_ONE
 
     def make(match: re.Match) -> str:
         name = match[2]
-        if name not in TABLES:
+        if name not in tables:
             raise UserError(
-                f"{path.relative_to(root)}: zoo:{name} is no table. {nearest(name, TABLES)}Tables: {', '.join(TABLES)}."
+                f"{path.relative_to(root)}: zoo:{name} is no table of this page. {nearest(name, tables)}"
+                f"Tables: {', '.join(tables)}."
             )
-        return f"<!-- zoo:{name} -->\n{TABLES[name](root, only)}{match[4]}"
+        return f"<!-- zoo:{name} -->\n{tables[name](root, only)}{match[4]}"
 
     return BLOCK.sub(make, text)
 

@@ -1,1 +1,4 @@
-"""ECT: Consistency Models Made Easy (ICLR 2025), arXiv 2406.14548."""
+"""ECT: Consistency Models Made Easy (ICLR 2025), arXiv 2406.14548.
+
+Family: Diffusion and one-step generation.
+"""

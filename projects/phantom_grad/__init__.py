@@ -1,1 +1,4 @@
-"""On Training Implicit Models (NeurIPS 2021, arXiv 2111.05177)."""
+"""Phantom gradient: On Training Implicit Models (NeurIPS 2021), arXiv 2111.05177.
+
+Family: Equilibrium models.
+"""

@@ -1,1 +1,4 @@
-"""TorchDEQ: A Library for Deep Equilibrium Models (2023), arXiv 2310.18605: the applications of its zoo."""
+"""TorchDEQ: A Library for Deep Equilibrium Models (preprint 2023), arXiv 2310.18605.
+
+Family: Equilibrium models.
+"""
