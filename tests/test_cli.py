@@ -189,7 +189,7 @@ def test_a_corrupt_image_is_named_with_its_path(workers, cli, tmp_path, monkeypa
     refused(
         cli(TINY, *QUICK, "data=folder", f"data.root={pictures}", "data.source.resolution=8", "data.source.channels=1",
             "data.source.fit=exact", "data.batch_size=6", "trainer.max_steps=2", f"data.num_workers={workers}"),
-        str(bad), "cannot be decoded", "Replace or delete that file",
+        str(bad), "cannot be read", "Replace or delete that file",
     )  # fmt: skip
     assert not list(tmp_path.rglob("*.ckpt"))
 
