@@ -55,6 +55,19 @@ class ImageClassification(EquilibriumModule):
         self.register_buffer("gain", gain.view(-1, 1, 1), persistent=False)
         self.register_buffer("offset", centre.view(-1, 1, 1), persistent=False)
 
+    def check_data(self, data) -> None:
+        """Raises UserError for data without labels, or with labels the network has no output for."""
+        if not data.num_classes:
+            raise UserError(
+                f"{type(self).__name__} learns classes, but the pictures of {data.name} are read without labels. Set "
+                "data.source.num_classes to the number of classes (one subfolder each)."
+            )
+        if data.num_classes > self.net.num_classes:
+            raise UserError(
+                f"The network has {self.net.num_classes} classes, but {data.name} has {data.num_classes}. Set "
+                f"project.net.num_classes={data.num_classes}."
+            )
+
     # Training and evaluation ------------------------------------------------------------------------------------------
 
     def outputs(self, batch: dict) -> list[Tensor]:

@@ -75,6 +75,14 @@ class Segmentation(ResearchModule):
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
 
+    def check_data(self, data) -> None:
+        """Raises UserError when the network has another number of classes than the masks."""
+        if data.num_classes != self.net.num_classes:
+            raise UserError(
+                f"The network has {self.net.num_classes} classes, but {data.name} has {data.num_classes}. Set "
+                f"project.net.num_classes={data.num_classes}."
+            )
+
     # Training ---------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
@@ -202,7 +210,7 @@ class Segmentation(ResearchModule):
         shown = image if fit is None else resized(image, scaled_size(shape, 1.0, fit))
         return self.predict(to_unit_range(shown[None].to(self.device)), shape).argmax(1)[0].cpu()
 
-    def show_files(self, files: Path, data, folder: Path) -> list[Path]:
+    def show_files(self, files: Path | list[Path], data, folder: Path) -> list[Path]:
         """Every picture in `files`: `<name>.png`, beside its predicted classes, and `<name>_classes.png`.
 
         The second holds the class numbers themselves, with the palette of the data. Raises UserError when there is no

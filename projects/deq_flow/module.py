@@ -80,11 +80,13 @@ class DeqFlow(EquilibriumModule):
         return flow_loss(output, batch["flow"], batch["valid"], max_flow=self.max_flow)
 
     def estimate(self, first: Tensor, second: Tensor, start=None) -> Tensor:
-        """Flow (B, 2, H, W) between images of any size, padded to multiples of 8 for the network and cut back.
+        """Flow (B, 2, H, W) between images of any size, padded for the network and cut back.
+
+        Both sides are padded to multiples of 8, small images to the least size of the network.
 
         start  state to solve from, as left in `net.state` by the call before; None: zero hidden state, no motion
         """
-        padder = Padder(*first.shape[-2:], multiple=8, mode=self.padding)
+        padder = Padder(*first.shape[-2:], multiple=8, mode=self.padding, least=self.net.least)
         first, second = padder.pad(first, second)
         return padder.unpad(self.net.outputs(first, second, start=start)[-1])
 
@@ -127,12 +129,12 @@ class DeqFlow(EquilibriumModule):
             rows.append(Row(pair["first"], self.estimate(*images)[0].float().cpu(), pair["flow"], pair["valid"]))
         return write_pairs(path, rows)
 
-    def show_files(self, files: Path, data, folder: Path) -> list[Path]:
+    def show_files(self, files: Path | list[Path], data, folder: Path) -> list[Path]:
         """Flow of a clip: `flow.gif` (and `flow.mp4` where a film writer is installed), `frames/000000.png` ...; and
         `iterations.png`, `iterations.json`: how many evaluations each pair needs from zero and with `reuse`.
 
-        files  folder of pictures in the order of the numbers in their names, animated picture, or film. Several
-               sequences in one folder are written into a folder each
+        files  folder of pictures (`common.data.flow.frames.Frames` says in which order), list of pictures, animated
+               picture, or film. Several sequences in one folder are written into a folder each
         """
         clips = open_clips(files)
         places = [folder] if len(clips) == 1 else [folder / clip.name for clip in clips]

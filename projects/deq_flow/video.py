@@ -39,16 +39,19 @@ class Clip:
             yield frame
         if count < 2:
             what = "one frame" if count else "no frames"
-            raise UserError(f"{self.name} has {what}, flow needs two. Give sample.input a clip.")
+            raise UserError(
+                f"{self.name} has {what}, flow needs two. Give sample.input a clip, "
+                "a folder of pictures, or two pictures: sample.input=[first.png,second.png]."
+            )
 
 
-def open_clips(path: Path) -> list[Clip]:
-    """The sequences of a folder of pictures, an animated picture, or a film (with PyAV).
+def open_clips(path: Path | list[Path]) -> list[Clip]:
+    """The sequences of a folder of pictures, a list of pictures, an animated picture, or a film (with PyAV).
 
     Raises UserError for what is none of them, now or when it is read.
     """
-    if path.is_dir() or is_picture(path.name):
-        frames = Frames(str(path))
+    if not isinstance(path, Path) or path.is_dir() or is_picture(path.name):
+        frames = Frames(path)
         return [Clip(name, frames.read(name)) for name in frames.sequences]
     return [_film(path)]
 

@@ -204,7 +204,7 @@ class Contraction(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self.deq = DEQ(solver=Picard(max_iter=80, tol=tol), grad=OneStep())
-        self.cell, self.state = self.step, None
+        self.cell, self.state, self.least = self.step, None, 8
 
     def freeze_batch_norm(self, frozen=True):
         pass
@@ -277,6 +277,20 @@ def test_show_files_writes_colours_film_and_iterations(film, tmp_path, monkeypat
     assert found["mean_steps"]["reuse, interpolated"] < found["mean_steps"]["from zero"]
     assert found["tolerance"] == 1e-4 and len(found["pairs"]) == 4 and found["pairs"][3]["difference_px"] < 0.1
     assert ("No flow.mp4" in capsys.readouterr().out) is not film
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_two_pictures_of_ones_own_smaller_than_the_network_takes(as_list, tmp_path):
+    """Padded and cut back: the answer has the pictures' size. `first` and `second` have no numbers to go by."""
+    files = [tmp_path / "mine" / name for name in ("first.png", "second.png")]
+    files[0].parent.mkdir()
+    for file, frame in zip(files, clip(2), strict=True):
+        Image.fromarray(frame[:, :10, :21].permute(1, 2, 0).numpy()).save(file)
+    task = module(network(), reuse=False)
+    assert task.net.least > 10
+    with evaluating(task):
+        written = task.show_files(files if as_list else files[0].parent, None, tmp_path / "out")
+    assert [path.name for path in written[-1:]] == ["000000.png"] and Image.open(written[-1]).size == (21, 10)
 
 
 def test_animations_are_clips_and_bad_input_is_one_sentence(tmp_path, monkeypatch):

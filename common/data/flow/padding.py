@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import UserError, nearest
+from common import limits
+from common.errors import UserError
 
 MODES = ("sintel", "kitti")
 
@@ -11,19 +12,19 @@ MODES = ("sintel", "kitti")
 class Padder:
     """Padding of pictures (B, C, h, w) until both sides are multiples of `multiple`, by repeating the border.
 
+    least  sides are at least so long after padding; itself a multiple
     mode  sintel: left and right, top and bottom alike (what is odd goes right and down); kitti: left and right alike,
           everything vertical at the bottom, as the authors' code does (which notes RAFT as its origin)
 
     `unpad(pad(x)[0])` is x exactly. Raises UserError for another mode or a size below 1.
     """
 
-    def __init__(self, h: int, w: int, multiple: int = 8, mode: str = "sintel"):
-        if mode not in MODES:
-            raise UserError(f"mode must be one of {', '.join(MODES)}, got {mode!r}. {nearest(str(mode), MODES)}")
-        if min(h, w, multiple) < 1:
-            raise UserError(f"h, w and multiple must be >= 1, got {h}, {w} and {multiple}.")
+    def __init__(self, h: int, w: int, multiple: int = 8, mode: str = "sintel", least: int = 0):
+        limits.choice("mode", mode, MODES)
+        for name, value in (("h", h), ("w", w), ("multiple", multiple)):
+            limits.whole(name, value, least=1)
         self.h, self.w = h, w
-        down, right = -h % multiple, -w % multiple
+        down, right = (max(-side % multiple, least - side) for side in (h, w))
         top = down // 2 if mode == "sintel" else 0
         self.left, self.right, self.top, self.bottom = right // 2, right - right // 2, top, down - top
 

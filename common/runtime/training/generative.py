@@ -49,6 +49,21 @@ class GenerativeModule(ResearchModule):
                 f"got {int(bad[0])}. Set label_dim of the network to the number of classes."
             )
 
+    def check_data(self, data) -> None:
+        """Raises UserError for a network with classes on data without labels, or with labels it has no class for."""
+        classes, found = self.net.label_dim, data.num_classes
+        if classes and not found:
+            raise UserError(
+                f"The network is conditioned on {classes} classes, but the pictures of {data.name} are read without "
+                "labels. Set data.source.num_classes to the number of classes (one subfolder each), or label_dim of "
+                "the network to 0."
+            )
+        if classes and found > classes:
+            raise UserError(
+                f"The network is conditioned on {classes} classes, but {data.name} has {found}. Set label_dim of the "
+                f"network to {found}."
+            )
+
     def fake_batch(self, samples: int) -> dict[str, Tensor]:
         """image (B, C, H, W), label (B,), position (B,), as `common.data.images.module` gives them."""
         net = self.net

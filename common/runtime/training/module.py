@@ -97,6 +97,9 @@ class ResearchModule(LightningModule):
         loss = self.training_step(batch, 0)
         return loss["loss"] if isinstance(loss, dict) else loss
 
+    def check_data(self, data) -> None:
+        """Raises UserError when the network cannot be trained on the data module `data`. Reads no files."""
+
     def refresh(self) -> None:
         """Recompute state derived from the weights. Called after they were exchanged (by an average, a checkpoint)."""
 
@@ -114,8 +117,11 @@ class ResearchModule(LightningModule):
         """`show` during training: files in the folder `stem`; a module of one picture writes `<stem>.png` instead."""
         return self.show(data, stem, samples=samples, seed=seed)
 
-    def show_files(self, files: Path, data, folder: Path) -> list[Path]:
-        """As `show`, on a file or a folder of the user's own (`sample.input`). Raises UserError unless a paper can."""
+    def show_files(self, files: Path | list[Path], data, folder: Path) -> list[Path]:
+        """As `show`, on a file, a list of files or a folder of the user's own (`sample.input`).
+
+        Raises UserError unless a paper can.
+        """
         raise UserError(f"sample.input={files} is given, but {type(self).__name__} reads no files. Set it to null.")
 
     def export_facts(self) -> dict:

@@ -69,6 +69,8 @@ def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
         picture_seed=cfg.sample.seed,
         count_flops=partial(_planned_flops, cfg, module.net),
     )
+    if training or measuring:
+        module.check_data(data)
     if evaluation:
         evaluation.check(module, data)
     if training and not module.automatic_optimization:

@@ -1,5 +1,6 @@
 """`task=sample`: a grid, one PNG per image and an npz; of other networks, whatever their module shows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,18 +46,17 @@ def show_samples(run: Assembled, source: dict) -> None:
     Raises UserError when the data are not there or the module has nothing to show.
     """
     seed, module, folder = run.cfg.sample.seed, run.module, run.folder / "samples"
-    files = None if run.cfg.sample.input is None else Path(run.cfg.sample.input)
+    files = input_files(run.cfg.sample.input)
     if files is None:
         run.data.check()
         run.data.setup("test")
-    elif not files.exists():
-        raise UserError(f"sample.input={files} does not exist. Set it to a folder of pictures, or to one picture.")
     with evaluating(module):
         module.refresh()
         if files is None:
             written = module.show(run.data, folder / f"seed{seed}", samples=run.cfg.sample.samples, seed=seed)
         else:
-            written = module.show_files(files, run.data, folder / (files.resolve().stem or "input"))
+            first = files if isinstance(files, Path) else files[0]
+            written = module.show_files(files, run.data, folder / (first.resolve().stem or "input"))
     if not written:
         raise UserError(
             f"task=sample has nothing to show: {type(module).__name__} writes no pictures. Use task=test for metrics."
@@ -64,6 +64,20 @@ def show_samples(run: Assembled, source: dict) -> None:
     print(f"{source['file']} ({source['average']}, step {source['step']})")
     for path in written:
         print(f"shown: {path}")
+
+
+def input_files(given: str | Sequence[str] | None) -> Path | list[Path] | None:
+    """`sample.input` as a path or a list of paths. Raises UserError for one that does not exist."""
+    if given is None:
+        return None
+    files = [Path(str(file)).expanduser() for file in ([given] if isinstance(given, str) else given)]
+    gone = [file for file in files if not file.exists()]
+    if gone or not files:
+        raise UserError(
+            f"sample.input={gone[0] if gone else '[]'} does not exist. Set it to a folder of pictures, to one picture, "
+            "or to a list [a.png,b.png]."
+        )
+    return files[0] if isinstance(given, str) else files
 
 
 def make_images(run: Assembled, batches: list[torch.Tensor], source: dict) -> None:

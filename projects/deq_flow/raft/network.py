@@ -184,16 +184,20 @@ class FlowEquilibrium(nn.Module):
             )
         return hidden.to(h), c.to(h)
 
+    @property
+    def least(self) -> int:
+        """Shortest side of an image in pixels: the last level of the pyramid then has one cell."""
+        return FACTOR * 2 ** (self.cell.lookup.levels - 1)
+
     def _check(self, first: Tensor, second: Tensor) -> None:
-        least = FACTOR * 2 ** (self.cell.lookup.levels - 1)
         if first.ndim != 4 or first.shape[1] != 3 or first.shape != second.shape:
             raise UserError(
                 "this network takes two images of one shape (batch, 3, H, W), got "
                 f"{tuple(first.shape)} and {tuple(second.shape)}. Resize or crop one of them."
             )
-        if first.shape[2] % FACTOR or first.shape[3] % FACTOR or min(first.shape[2:]) < least:
+        if first.shape[2] % FACTOR or first.shape[3] % FACTOR or min(first.shape[2:]) < self.least:
             raise UserError(
-                f"the height and width of the images must be multiples of {FACTOR} of at least {least}, got "
+                f"the height and width of the images must be multiples of {FACTOR} of at least {self.least}, got "
                 f"{first.shape[2]} x {first.shape[3]}. Pad the images, or set fewer levels."
             )
 

@@ -42,6 +42,18 @@ def test_numbers_alone_and_animations(tmp_path):
     assert (frames.read()[:, 0, 0, 0].float() - torch.tensor([0.0, 120, 250])).abs().max() < 6
 
 
+def test_names_without_numbers_are_one_clip_and_a_list_keeps_its_order(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for value, name in enumerate(("second.png", "first.png")):
+        save(tmp_path / "mine" / name, value)
+    frames = Frames(tmp_path / "mine")
+    assert frames.sequences == {"mine": 2} and frames.read()[:, 0, 0, 0].tolist() == [1, 0]
+    listed = Frames([tmp_path / "mine/second.png", tmp_path / "mine/first.png"])
+    assert listed.sequences == {"second-first": 2} and listed.read()[:, 0, 0, 0].tolist() == [0, 1]
+    with pytest.raises(UserError, match="list of frames is empty"):
+        Frames([])
+
+
 def test_what_is_no_film_is_said(tmp_path):
     with pytest.raises(UserError, match=r"nothing is missing\. Give a folder of frames"):
         Frames(str(tmp_path / "nothing"))

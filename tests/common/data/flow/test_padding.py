@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.data.flow.padding import Padder
 from common.errors import UserError
@@ -35,3 +37,13 @@ def test_wrong_input():
         Padder(5, 7).pad(torch.zeros(1, 1, 7, 5))
     with pytest.raises(UserError, match=">= 1"):
         Padder(5, 7, multiple=0)
+
+
+@given(st.integers(1, 80), st.integers(1, 80), st.sampled_from(["sintel", "kitti"]))
+def test_small_pictures_reach_the_least_size(h, w, mode):
+    padder = Padder(h, w, multiple=8, mode=mode, least=64)
+    picture = torch.rand(1, 3, h, w)
+    padded = padder.pad(picture)[0]
+    assert min(padded.shape[2:]) >= 64 and not any(side % 8 for side in padded.shape[2:])
+    assert torch.equal(padder.unpad(padded), picture)
+    assert padded.shape[2] - h < max(8, 65 - h) and padded.shape[3] - w < max(8, 65 - w)  # and no more than needed

@@ -1,6 +1,7 @@
 """The shared module: generation by image number, the optimiser recipe, the step counter."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,3 +125,14 @@ def test_the_micro_step_counts_over_restarts(composed, tmp_path, with_callbacks)
     for steps in (2, 4):
         fit.fit_task(composed(tmp_path / "run", f"trainer.max_steps={steps}", "trainer.accumulate_grad_batches=2"))
     assert watch.seen == [(micro // 2, micro, micro) for micro in range(8)]
+
+
+def test_classes_of_network_and_data_are_compared_before_training():
+    data = lambda count: SimpleNamespace(name="mine", num_classes=count)
+    module(label_dim=3).check_data(data(3))
+    module(label_dim=3).check_data(data(2))  # as drawn from fewer of its classes
+    module(label_dim=0).check_data(data(10))  # labels are left alone
+    with pytest.raises(UserError, match="conditioned on 3 classes, but the pictures of mine are read without labels"):
+        module(label_dim=3).check_data(data(0))
+    with pytest.raises(UserError, match="conditioned on 3 classes, but mine has 4"):
+        module(label_dim=3).check_data(data(4))

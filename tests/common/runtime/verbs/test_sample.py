@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.metrics.images import to_uint8
 from common.runtime.training.checkpoint import list_checkpoints
 from common.runtime.verbs.export import export_task
-from common.runtime.verbs.sample import chosen_classes, sample_task, show_samples
+from common.runtime.verbs.sample import chosen_classes, input_files, sample_task, show_samples
 
 
 @pytest.fixture
@@ -153,3 +153,14 @@ def test_pictures_of_ones_own_need_no_data(reading, tmp_path, capsys):
     assert asked == [("show", tmp_path / "samples/seed3", {"samples": 4, "seed": 3})] and calls == ["check", "test"]
     with pytest.raises(UserError, match=r"sample.input=.*gone does not exist. Set it to a folder of pictures"):
         reading(str(tmp_path / "gone"))
+
+
+def test_input_is_a_path_or_a_list_of_paths(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"")
+    names = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    assert input_files(None) is None and input_files(names[0]) == tmp_path / "a.png"
+    assert input_files(names) == [tmp_path / "a.png", tmp_path / "b.png"]
+    for given in ([*names, str(tmp_path / "gone.png")], str(tmp_path / "gone.png")):
+        with pytest.raises(UserError, match=r"sample\.input=.*gone\.png does not exist"):
+            input_files(given)
