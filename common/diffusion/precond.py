@@ -178,7 +178,8 @@ class EDMPrecond(Preconditioner):
 class ECMPrecond(Preconditioner):
     """Consistency model of ECT (arXiv 2406.14548): in training mode EDM's scalings; in eval mode shifted by sigma_min,
     c_skip = sd^2/((sigma-sigma_min)^2+sd^2), c_out = (sigma-sigma_min) sd/sqrt(sigma^2+sd^2), so that
-    D(x; sigma_min) = x exactly. Forgetting `.eval()` changes samples slightly.
+    D(x; sigma_min) = x exactly. Forgetting `.eval()` changes samples slightly. sigma_min = 0 shifts nothing: the same
+    scalings in both modes, as in ECT's ImageNet branch.
     """
 
     def __init__(
@@ -190,12 +191,12 @@ class ECMPrecond(Preconditioner):
         sigma_max: float = math.inf,
         dtype: str = "float32",
     ):
-        super().__init__(model, limits.sigma("sigma_min", sigma_min), sigma_max, dtype)
+        super().__init__(model, sigma_min, sigma_max, dtype)
         self.sigma_data = limits.number("sigma_data", sigma_data, above=0)
 
     def coefficients(self, sigma):
         c_skip, c_out, c_in, c_noise = _edm(sigma, self.sigma_data)
-        if not self.training:
+        if not self.training and self.sigma_min:
             above = sigma - self.sigma_min
             c_skip = self.sigma_data**2 / (above**2 + self.sigma_data**2)
             c_out = above * self.sigma_data * c_in

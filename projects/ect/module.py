@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -23,7 +22,6 @@ class Ect(GenerativeModule):
     first_stage           stage at step 0 (0; the final stage at once is an ablation)
     distill               ECD, the ablation: x_r is the initial model's ODE step from x_t to r instead of y + r eps;
                           keeps a frozen copy of the initial weights (memory: the network once more, in checkpoints too)
-    official_gradients    replace non-finite gradients by 0 / +-1e5, as the authors' loop does; off: the guard stops
     optimizer, schedule   see `GenerativeModule`
     """
 
@@ -37,7 +35,6 @@ class Ect(GenerativeModule):
         stages: int,
         first_stage: int,
         distill: bool,
-        official_gradients: bool,
         optimizer: Callable,
         schedule: Callable | None,
     ):
@@ -52,7 +49,6 @@ class Ect(GenerativeModule):
         self.steps_per_stage = steps_per_stage
         self.stages = stages
         self.first_stage = first_stage
-        self.official_gradients = official_gradients
         self.ode_teacher = copy.deepcopy(net).requires_grad_(False) if distill else None
 
     @property
@@ -89,9 +85,3 @@ class Ect(GenerativeModule):
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/stage", float(self.stage))
         return loss
-
-    def on_after_backward(self) -> None:
-        if self.official_gradients:
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from common import limits
 from common.runtime.training.generative import GenerativeModule
 
 
@@ -15,6 +16,8 @@ class Edm(GenerativeModule):
     time       sampler of sigma in data units (`common.diffusion.time`)
     augment    `common.data.images.augment.EdmAugment` or None: (images, generator, rank=, world_size=) ->
                (images, labels)
+    loss_scaling  factor on the loss before the backward pass, against underflow of a float16 network's gradients. As in
+               the authors' loop the gradients keep it; Adam divides it out again, up to its eps
     optimizer, schedule   see `GenerativeModule`
     """
 
@@ -27,14 +30,16 @@ class Edm(GenerativeModule):
         optimizer: Callable,
         schedule: Callable | None,
         augment: Callable | None,
+        loss_scaling: float,
     ):
         super().__init__(net=net, optimizer=optimizer, schedule=schedule)
         self.loss = loss
         self.time = time
         self.augment = augment
+        self.loss_scaling = limits.number("project.loss_scaling", loss_scaling, above=0)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """Mean loss of one micro-batch; logs `train/loss`."""
+        """Mean loss of one micro-batch times `loss_scaling`; logs the mean loss as `train/loss`."""
         images, augment_labels = batch["image"], None
         draws = self.draws()
         if self.augment is not None:
@@ -51,4 +56,4 @@ class Edm(GenerativeModule):
             augment_labels=augment_labels,
         ).mean()
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return loss * self.loss_scaling

@@ -13,14 +13,16 @@ from common.diffusion.sample import Heun
 from common.diffusion.time import LogNormal
 from common.losses.denoising import DenoisingLoss
 from common.runtime.training.context import RunContext
+from common.weights.official import RELEASES
 from projects.edm.module import Edm
 
 SD = 0.5
 
 
-def module(net: nn.Module, *, augment=None, **loss) -> Edm:
+def module(net: nn.Module, *, augment=None, loss_scaling=1.0, **loss) -> Edm:
     made = Edm(
         net=net, loss=DenoisingLoss(sigma_data=SD, **loss), time=LogNormal(mean=-1.2, std=1.2), augment=augment,
+        loss_scaling=loss_scaling,
         optimizer=partial(torch.optim.Adam, lr=1e-3), schedule=None,
     )  # fmt: skip
     made.context = RunContext(seed=5)
@@ -80,6 +82,40 @@ def test_the_gradient_reaches_every_weight_and_points_downhill(spy):
         for p in made.parameters():
             p -= 1e-6 * p.grad
     assert made.training_step(given, 0) < loss  # without a trainer the draws of both calls are those of step 0
+
+
+def test_loss_scaling_stays_in_the_gradients(spy):
+    """The authors multiply the loss and never divide the gradients: 100 with float16 on ImageNet-64."""
+    grads = []
+    for scale in (1.0, 100.0):
+        torch.manual_seed(0)
+        made = module(EDMPrecond(model=spy(label_dim=3), sigma_data=SD), loss_scaling=scale).double()
+        made.training_step(batch(4, dtype=torch.float64), 0).backward()
+        grads.append([p.grad for p in made.parameters()])
+    for one, hundred in zip(*grads):
+        torch.testing.assert_close(hundred, 100 * one, rtol=1e-12, atol=1e-12)
+
+
+# Of the published runs: --ls, gradients' replacement for infinity, TF32, average that is exported.
+RECIPES = {
+    "edm_cifar10": (1.0, 1e5, False, "ema"),
+    "edm_imagenet64": (100.0, 1e5, False, "ema"),
+    "edm_imagenet64_edm2_s": (1.0, 0.0, False, "power_075"),
+    "edm_imagenet64_edm2_m": (1.0, 0.0, False, "power_060"),
+    "edm_imagenet64_edm2_l": (1.0, 0.0, False, "power_040"),
+    "edm_imagenet64_edm2_xl": (1.0, 0.0, False, "power_040"),
+}
+
+
+@pytest.mark.parametrize("experiment", RECIPES)
+def test_published_settings_are_the_authors(experiment, composed, tmp_path):
+    cfg = composed(experiment, tmp_path)
+    average = cfg.evaluate.average
+    assert (cfg.project.loss_scaling, cfg.callbacks.guard.replace, cfg.speed.tf32, average) == RECIPES[experiment]
+    if average != "ema":  # the file name of the release tells the width
+        assert cfg.ema.profiles[average].std == pytest.approx(float(average.removeprefix("power_")) / 1000)
+        size = experiment.removeprefix("edm_imagenet64_edm2_")
+        assert RELEASES[f"edm2_imagenet64_{size}"].file.endswith(f"-0.{average.removeprefix('power_')}.pkl")
 
 
 def test_class_labels_reach_the_network_one_hot(spy):

@@ -1,10 +1,12 @@
 """Callbacks that stop a run in good order: non-finite numbers, and signals from the user or the scheduler."""
 
 import signal
+import warnings
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from common import limits
 from common.errors import UserError
 from common.runtime.training.checkpoint import Checkpoints
 from common.runtime.training.seeding import seed_step
@@ -32,10 +34,16 @@ class NonFiniteGuard(Callback):
     One fused norm and one scalar read per optimiser step (the only device synchronisation the runtime adds; set
     `callbacks.guard=null` to do without). Under fp16 loss scaling infinite gradients are normal, so only the loss
     is watched there.
+
+    replace  a number instead of null: go on as the training loops of EDM and ECT do. NaN in a gradient becomes 0 and
+             +-infinity becomes +-replace (1e5 in EDM and in ECT's branch main, 0 in EDM2 and in ECT's branch imgnet).
+             The first such step is warned about
     """
 
-    def __init__(self):
+    def __init__(self, *, replace: float | None = None):
+        self.replace = None if replace is None else limits.number("callbacks.guard.replace", replace, least=0)
         self._loss = None
+        self._warned = False
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
@@ -43,13 +51,24 @@ class NonFiniteGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer) -> None:
         loss, self._loss = self._loss, None
         watched = [] if loss is None else [loss.float().reshape(1)]
+        grads = []
         if trainer.precision != "16-mixed":
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             if grads:
                 watched.append(torch.stack(torch._foreach_norm(grads, 1)).float())
         if not watched or bool(torch.isfinite(torch.cat(watched)).all()):
             return
-        raise NonFiniteStop(self._describe(trainer, pl_module, loss))
+        if self.replace is None:
+            raise NonFiniteStop(self._describe(trainer, pl_module, loss))
+        for grad in grads:
+            torch.nan_to_num(grad, nan=0.0, posinf=self.replace, neginf=-self.replace, out=grad)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Step {trainer.global_step} has a loss or gradient that is not finite; NaN became 0 and infinity "
+                f"{self.replace:g} (callbacks.guard.replace). Later ones are replaced without a word.",
+                stacklevel=2,
+            )
 
     @staticmethod
     def _describe(trainer: Trainer, pl_module: LightningModule, loss) -> str:

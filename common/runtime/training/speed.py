@@ -26,6 +26,17 @@ def apply_speed(module: ResearchModule, cfg: DictConfig, *, backend: str | None 
         compiled_part(module).compile(**({"backend": backend} if backend else {}))
 
 
+def apply_tf32(wanted: bool | None) -> None:
+    """TensorFloat-32 for float32 products and convolutions on CUDA: both on, both off, or None: left as they are.
+
+    torch's own default allows it in convolutions alone.
+    """
+    if wanted is None or not torch.cuda.is_available():
+        return
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    torch.backends.cudnn.allow_tf32 = wanted
+
+
 def compiled_part(module: ResearchModule) -> nn.Module:
     """The sub-module that `speed.compile` compiles: the equilibrium's `cell` where there is one."""
     cell = getattr(module.net, "cell", None)

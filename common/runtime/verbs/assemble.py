@@ -15,7 +15,7 @@ from common.runtime.training.checkpoint import list_checkpoints
 from common.runtime.training.context import RunContext
 from common.runtime.training.module import ResearchModule
 from common.runtime.training.solver_health import equilibria
-from common.runtime.training.speed import apply_speed
+from common.runtime.training.speed import apply_speed, apply_tf32
 from common.runtime.training.weights import find_init
 from common.runtime.verbs.evaluate import Evaluation, SplitEvaluation
 from common.runtime.verbs.plan import make_plan, micro_batch, world_size
@@ -54,8 +54,7 @@ def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
         find_init(cfg.init.file, cfg.init.hint)
     sampler = instantiate(cfg.sample.sampler)
     evaluation = build_evaluation(cfg, training=training) if measuring else None
-    if torch.cuda.is_available() and cfg.speed.tf32:
-        torch.set_float32_matmul_precision("high")
+    apply_tf32(cfg.speed.tf32)
     if cfg.speed.threads:
         torch.set_num_threads(cfg.speed.threads)
     torch.manual_seed(cfg.seed)

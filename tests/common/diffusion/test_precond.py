@@ -1,5 +1,6 @@
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from common.diffusion.precond import (
     VPPrecond,
     iddpm_levels,
 )
+from common.diffusion.sample import Multistep
 from common.errors import UserError
 
 ALL = {"edm": EDMPrecond, "ecm": ECMPrecond, "vp": VPPrecond, "ve": VEPrecond, "iddpm": IDDPMPrecond}
@@ -229,12 +231,27 @@ def test_a_consistency_model_on_edm2_normalises_once_too():
     torch.testing.assert_close(size, torch.ones_like(size), atol=1e-3, rtol=0)
 
 
+def test_ecm_without_shift_is_edm_in_both_modes():
+    """sigma_min = 0 in ECT's ImageNet branch: two-step samples are those of plain EDM scalings."""
+    raw = Raw()
+    shifted, plain, edm = (
+        make(model=raw).eval() for make in (ECMPrecond, partial(ECMPrecond, sigma_min=0.0), EDMPrecond)
+    )
+    z, two = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), Multistep(mids=[1.526])
+    samples = [two(net, z, lambda k: z.flip(0)) for net in (shifted, plain, edm)]
+    assert torch.equal(samples[1], samples[2])
+    assert 1e-4 < (samples[0] - samples[2]).abs().max() < 0.1
+    for training in (True, False):
+        for ours, theirs in zip(plain.train(training).coefficients(SIGMA), edm.coefficients(SIGMA)):
+            assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda: build("edm")(torch.zeros(1, 3, 4, 4), -1.0), "negative sigma: sigma must be > 0, got -1.0"),
         (lambda: build("edm")(torch.zeros(1, 3, 4, 4), 0), "sigma must be > 0, got 0"),
-        (lambda: ECMPrecond(model=Raw(), sigma_min=0.0), "sigma_min must be > 0, got 0.0"),
+        (lambda: ECMPrecond(model=Raw(), sigma_min=-0.1), "sigma_min must be >= 0, got -0.1"),
         (lambda: VEPrecond(model=Raw(), sigma_min=-0.1), "negative sigma: sigma_min"),
         (lambda: EDMPrecond(model=Raw(), sigma_min=1.0, sigma_max=0.5), "sigma_max must be > 1"),
         (lambda: EDMPrecond(model=Raw(), sigma_data=0), "sigma_data must be > 0"),

@@ -1,14 +1,17 @@
 """Non-finite numbers stop the run before the weights are touched; signals end it at a step boundary."""
 
+import math
 import signal
 import threading
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
 from common.runtime.training.checkpoint import list_checkpoints
-from common.runtime.training.guard import Interrupted, NonFiniteStop, StopOnSignal
+from common.runtime.training.guard import Interrupted, NonFiniteGuard, NonFiniteStop, StopOnSignal
 from common.runtime.verbs import fit
 
 
@@ -76,6 +79,31 @@ def test_clipping_does_not_hide_a_bad_gradient(composed, tmp_path, with_callback
     with_callbacks(Poison(1, float("nan"), "net.model.layer_out.weight"))
     with pytest.raises(NonFiniteStop, match=r"net\.model\.layer_out\.weight"):
         fit.fit_task(composed(tmp_path / "run", "trainer.max_steps=3", "trainer.gradient_clip_val=1.0"))
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1e5, [0.0, 1e5, -1e5, 2.0]), (0.0, [0.0, 0.0, 0.0, 2.0])])
+def test_a_number_replaces_bad_gradients_and_goes_on(limit, expected):
+    """1e5 as in EDM's loop and ECT's branch main, 0 as in EDM2's and ECT's branch imgnet."""
+    weight = torch.nn.Parameter(torch.zeros(4))
+    weight.grad = torch.tensor([math.nan, math.inf, -math.inf, 2.0])
+    optimizer, trainer = torch.optim.SGD([weight], lr=1.0), SimpleNamespace(precision="32-true", global_step=7)
+    guard = NonFiniteGuard(replace=limit)
+    with pytest.warns(UserWarning, match=r"Step 7 .*callbacks\.guard\.replace"):
+        guard.on_before_optimizer_step(trainer, None, optimizer)
+    assert weight.grad.tolist() == expected
+    weight.grad[0] = math.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        guard.on_before_optimizer_step(trainer, None, optimizer)
+    assert weight.grad[0] == limit
+
+
+def test_a_replaced_gradient_lets_a_run_end(composed, tmp_path, with_callbacks):
+    with_callbacks(Poison(1, float("nan"), "net.model.layer_in.weight"))
+    with pytest.warns(UserWarning, match="not finite"):
+        fit.fit_task(composed(tmp_path / "run", "trainer.max_steps=3", "callbacks.guard.replace=0"))
+    saved = newest(tmp_path / "run")
+    assert saved["global_step"] == 3 and all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
 def test_the_guard_can_be_left_out(composed, tmp_path, with_callbacks):

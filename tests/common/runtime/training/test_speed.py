@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from common.diffusion.precond import EDMPrecond
 from common.nets.unet import SongUNet
-from common.runtime.training.speed import apply_speed, compiled_part
+from common.runtime.training.speed import apply_speed, apply_tf32, compiled_part
 
 
 class Holder:
@@ -57,3 +57,18 @@ def test_filters_over_three_axes_keep_their_layout():
     cfg = {"speed": {"channels_last": True, "compile": False}, "trainer": {"accelerator": "cpu"}}
     apply_speed(held, OmegaConf.create(cfg))
     assert held.net[0].weight.is_contiguous()
+
+
+@pytest.mark.parametrize(("word", "products", "convolutions"), [(True, "high", True), (False, "highest", False)])
+def test_tf32_means_products_and_convolutions(monkeypatch, word, products, convolutions):
+    """torch's default has it off for products and on for convolutions."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        apply_tf32(word)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (products, convolutions)
+        apply_tf32(None)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (products, convolutions)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
