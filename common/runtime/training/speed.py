@@ -26,12 +26,12 @@ def apply_speed(module: ResearchModule, cfg: DictConfig, *, backend: str | None 
         compiled_part(module).compile(**({"backend": backend} if backend else {}))
 
 
-def apply_tf32(wanted: bool | None) -> None:
-    """TensorFloat-32 for float32 products and convolutions on CUDA: both on, both off, or None: left as they are.
+def apply_tf32(wanted: bool) -> None:
+    """TensorFloat-32 for float32 products and convolutions on CUDA, both on or both off.
 
-    torch's own default allows it in convolutions alone.
+    torch's own default allows it in convolutions alone; before torch 1.12 it did in both.
     """
-    if wanted is None or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return
     torch.set_float32_matmul_precision("high" if wanted else "highest")
     torch.backends.cudnn.allow_tf32 = wanted

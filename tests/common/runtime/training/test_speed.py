@@ -67,8 +67,6 @@ def test_tf32_means_products_and_convolutions(monkeypatch, word, products, convo
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         apply_tf32(word)
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (products, convolutions)
-        apply_tf32(None)
-        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (products, convolutions)
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
