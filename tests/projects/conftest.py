@@ -69,6 +69,8 @@ def two_steps(composed):
 
     def run(experiment: str, folder: Path, *overrides: str):
         cfg = composed(experiment, folder, *overrides)
+        if "noise" in (cfg.callbacks or {}):
+            cfg.callbacks.noise.batches = 2  # a measurement after training, 200 batches in the experiments
         before = assemble(cfg, training=True, measuring=False).module.net.state_dict()
         fit.fit_task(cfg)
         with open(folder / "metrics.csv", newline="") as file:
