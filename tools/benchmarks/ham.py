@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
 from common.ham.burger import Hamburger
 from common.ham.decompose import CD, NMF, VQ
 from common.ham.ham import Ham
 from common.runtime.training import figures
+from common.runtime.verbs.plan import flop_counter
 from projects.hamburger.context import DoubleAttention, EMAttention, NonLocal, PyramidPooling
 
 SAYS = """\
@@ -202,7 +202,7 @@ class TextbookNMF(nn.Module):
 
 
 def counted(variant: str, part: str, size: int, options: argparse.Namespace) -> float:
-    """Multiply-adds of a forward pass by FlopCounterMode, on tensors without values."""
+    """Multiply-adds of a forward pass by torch's counter of FLOPs, on tensors without values."""
     key = (options.channels, options.rank, options.steps)
     return options.batch * _counted(variant, part, size, *key)
 
@@ -211,7 +211,7 @@ def counted(variant: str, part: str, size: int, options: argparse.Namespace) -> 
 def _counted(variant: str, part: str, size: int, channels: int, rank: int, steps: int) -> float:
     plain = argparse.Namespace(channels=channels, rank=rank, steps=steps)
     variant = "ham nmf" if variant == FUSED else variant
-    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode(), torch.no_grad(), flop_counter() as counter:
         build(variant, part, plain)(torch.empty(1, channels, size, size))
     return counter.get_total_flops() / 2
 

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.errors import UserError
-from common.nets.edm2 import EDM2UNet
+from common.nets.edm2 import EDM2UNet, weights_kept
 from common.nets.mlp import MLPDenoiser
 from common.nets.unet import DhariwalUNet, SongUNet
 
@@ -88,22 +88,23 @@ def test_drawn_masks_equal_the_ones_torch_draws_on_the_way(net):
     x, noise, labels = batch()
     if getattr(net, "label_dropout", 0):
         net.label_dropout = 0  # drawn with rand, not bernoulli: same law, other stream
-    torch.manual_seed(3)
-    inline = net(x, noise, labels)
-    torch.manual_seed(3)
-    masks = net.draw_dropout(x)
-    assert len(masks) > 1 and all(m.dtype == torch.bool and len(m) == 3 for m in masks)
-    close(net(x, noise, labels, dropout_masks=masks), inline)
-    assert (net(x, noise, labels) - inline).abs().max() > 1e-3
+    net(x, noise, labels)  # a first training pass brings EDM2's weights to unit length
+    with weights_kept(net):
+        torch.manual_seed(3)
+        inline = net(x, noise, labels)
+        torch.manual_seed(3)
+        masks = net.draw_dropout(x)
+        assert len(masks) > 1 and all(m.dtype == torch.bool and len(m) == 3 for m in masks)
+        close(net(x, noise, labels, dropout_masks=masks), inline)
+        assert (net(x, noise, labels) - inline).abs().max() > 1e-3
 
 
 def test_equal_masks_give_equal_passes_bit_for_bit(net):
     x, noise, labels = batch()
     masks = net.draw_dropout(x, torch.Generator().manual_seed(5))
-    first, second = (net(x, noise, labels, dropout_masks=masks) for _ in range(2))
-    if not isinstance(net, EDM2UNet):  # renormalised weights move in the last bit
-        assert torch.equal(first, second)
-    close(first, second)
+    with weights_kept(net):  # each training pass of EDM2 normalises its weights again, which moves the last bit
+        first, second = (net(x, noise, labels, dropout_masks=masks) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_masks_of_a_sub_batch_are_rows_of_the_whole(net):
@@ -254,8 +255,9 @@ def test_several_times_are_embedded_side_by_side(kind):
         moved[:, column] += 0.1
         assert ((net(x, moved, labels, torch.zeros(3, 3)) - base).abs().flatten(1).amax(dim=1) > 1e-6).all()
     assert (net(x, times.flip(1), labels)[0] - net(x, times, labels)[0]).abs().max() > 1e-6
-    torch.testing.assert_close(net(x[1:2], times[1:2], labels[1:2], torch.zeros(1, 3)), base[1:2], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(net(x, times[:1], labels), net(x, times[:1].expand(3, 2), labels))
+    # another batch size is another order of summing: float32 units times the root of some 5 layers of 256 terms
+    close(net(x[1:2], times[1:2], labels[1:2], torch.zeros(1, 3)), base[1:2], 5e-6)
+    close(net(x, times[:1], labels), net(x, times[:1].expand(3, 2), labels), 5e-6)
     with pytest.raises(UserError, match=r"noise_labels must have shape \(3, 2\) or \(1, 2\), got \(3,\)"):
         net(x, times[:, 0], labels)
     with pytest.raises(UserError, match="num_times must be a whole number of at least 1"):

@@ -1,12 +1,16 @@
 """What a run would cost, without allocating it."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hydra.utils import instantiate
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.errors import UserError
 from common.runtime.verbs.plan import (
     fake_training_step,
+    flop_counter,
     make_plan,
     micro_batch,
     optimizer_bytes_per_element,
@@ -104,3 +108,15 @@ def test_a_fake_step_holds_no_memory(composed, tmp_path):
     module, flops, kept = fake_training_step(composed(tmp_path / "run", "project.net.model.width=20000"), images=2)
     assert all(isinstance(p, torch._subclasses.FakeTensor) for p in module.parameters())
     assert flops > 1e9 and kept > 0
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_fused_attention_is_counted(fake):
+    """Two products of 2 N^2 D FLOPs per head forward; the backward computes the scores again: five products."""
+    with FakeTensorMode() if fake else nullcontext(), flop_counter() as counter:
+        q, k, v = (torch.ones(2, 3, 16, 8, requires_grad=True) for _ in range(3))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        one = 2 * (2 * 3) * 16 * 16 * 8
+        assert counter.get_total_flops() == 2 * one
+        out.sum().backward()
+        assert counter.get_total_flops() == (2 + 5) * one
