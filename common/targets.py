@@ -1,8 +1,9 @@
 """Dotted paths (`_target_`) in configurations and exports: which are allowed, and what they name.
 
-A path names a class or function that is defined in this repository, or a library class of a kind listed in `LIBRARIES`.
-Nothing else is looked up, so that neither an experiment file nor an export can run other code. A class that moved is
-found under its old path, too (`MOVED`): run folders and exports of older versions stay usable.
+A path names a class defined in this repository, one of the few functions in `FUNCTIONS`, or a library class listed in
+`FAMILIES` or `CLASSES`. Nothing else is imported or looked up, so that neither an experiment file nor an export can run
+other code. A class that moved is found under its old path, too (`MOVED`): run folders and exports of older versions
+stay usable.
 """
 
 import importlib
@@ -13,27 +14,45 @@ from typing import Any
 from common.errors import UserError, nearest
 
 OURS = ("common.", "projects.")
-# Library classes a configuration may name, by the beginning of their path.
-LIBRARIES = (
-    "torch.nn.",
-    "torch.optim.",
-    "torchvision.models.",
-    "torchvision.transforms.",
-    "timm.data.",
-    "timm.loss.",
-    "timm.models.",
-    "timm.optim.",
-    "timm.scheduler.",
-    "torchmetrics.",
-    "lightning.pytorch.Trainer",
-    "lightning.pytorch.callbacks.",
-    "lightning.pytorch.loggers.",
-    "lightning.pytorch.plugins.",
-    "lightning.pytorch.profilers.",
-    "lightning.pytorch.strategies.",
+# Packages of ours that no configuration builds anything from: the command line (its hook of sweeps aside, see
+# common.runtime.cli.hydra_sections), and the readers and writers of files.
+CLOSED = ("common.runtime.cli.", "common.runtime.verbs.", "common.files.", "common.targets.", "common.weights.")
+OPENED = (
+    "common.runtime.verbs.evaluate.Evaluation",
+    "common.runtime.verbs.evaluate.SplitEvaluation",
+    "common.weights.vae.SdVae",
+    "common.weights.vae.LatentDecoder",
 )
-FUNCTIONS = ("timm.create_model",)  # library functions a configuration may call
-CONFIGURATION = (*OURS, *LIBRARIES, *FUNCTIONS)
+# Functions a configuration may call. Any other function may write files or start programs; give a class instead.
+FUNCTIONS = ("common.deq.layers.apply_norm", "common.ham.replace.with_ham", "common.nets.timm_model.create")
+# Library classes a configuration may name: all of a package that derive from this base.
+FAMILIES = {
+    "torch.nn": "torch.nn.Module",
+    "torch.optim": "torch.optim.Optimizer",
+    "torch.optim.lr_scheduler": "torch.optim.lr_scheduler.LRScheduler",
+    "torchvision.transforms.v2": "torch.nn.Module",
+    "timm.loss": "torch.nn.Module",
+    "timm.optim": "torch.optim.Optimizer",
+    "timm.scheduler": "timm.scheduler.scheduler.Scheduler",
+}
+# And single ones, by package. Left out: what loads files or runs programs, such as DeepSpeed's compiler.
+CLASSES = {
+    "lightning.pytorch": ("Trainer",),
+    "lightning.pytorch.callbacks": (
+        "DeviceStatsMonitor", "EarlyStopping", "GradientAccumulationScheduler", "LearningRateMonitor", "ModelSummary",
+        "RichModelSummary", "RichProgressBar", "TQDMProgressBar", "ThroughputMonitor", "Timer",
+    ),
+    "lightning.pytorch.loggers": ("CSVLogger", "CometLogger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"),
+    "lightning.pytorch.plugins": ("DoublePrecision", "FSDPPrecision", "HalfPrecision", "MixedPrecision"),
+    "lightning.pytorch.plugins.environments": (
+        "LSFEnvironment", "LightningEnvironment", "MPIEnvironment", "SLURMEnvironment", "TorchElasticEnvironment",
+    ),
+    "lightning.pytorch.profilers": ("AdvancedProfiler", "PassThroughProfiler", "PyTorchProfiler", "SimpleProfiler"),
+    "lightning.pytorch.strategies": (
+        "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceStrategy",
+    ),
+}  # fmt: skip
+CONFIGURATION = (*OURS, *(f"{package}." for package in (*FAMILIES, *CLASSES)))
 # An export may come from elsewhere: networks and samplers alone, nothing that reads, writes or downloads.
 EXPORT = ("common.nets.", "common.deq.", "common.ham.", "common.diffusion.", "projects.", "torch.nn.")
 
@@ -133,35 +152,81 @@ def current(target: str) -> str:
 def resolve(target: str, allowed: Sequence[str] = CONFIGURATION) -> Any:
     """The class or function at a dotted path. Imports nothing outside `allowed`, a list of beginnings of paths.
 
-    After the module the path may only step through classes, and what it ends at must be defined below the same
-    top-level package: what a module merely imported is refused. Of libraries only classes, and `FUNCTIONS`, are taken.
+    Ours: a class, under the module that defines it, or one of `FUNCTIONS`. Of libraries: the classes of `FAMILIES` and
+    `CLASSES`. What a module merely imported is refused.
     Raises UserError for a path that is not allowed or does not exist, with the nearest name.
     """
     if not isinstance(target, str) or not target:
         raise UserError(f"_target_ must be the dotted path of a class or function, got {target!r}.")
     path = current(target)
-    if not f"{path}.".startswith(tuple(allowed)):
-        raise UserError(f"_target_ {target} is not allowed: only targets below {_listed(allowed)} are. "
-                        f"{nearest(path.split('.')[0], _roots(allowed))}".rstrip())  # fmt: skip
+    if not path.startswith(tuple(allowed)):
+        raise UserError(
+            f"_target_ {target} is not allowed: only targets below {_listed(allowed)} are. "
+            f"{nearest(path.split('.')[0], _roots(allowed))}".rstrip()
+        )
+    if any(part.startswith("_") or not part.isidentifier() for part in path.split(".")):
+        raise UserError(f"_target_ {target} is not allowed: no part of a target may be a private name.")
+    if path.startswith(OURS):
+        if path.startswith(CLOSED) and path not in OPENED:
+            raise UserError(f"_target_ {target} is not allowed: a configuration builds nothing from that package.")
+        return _of_ours(target, path)
+    return _of_library(target, path)
+
+
+def _of_ours(target: str, path: str) -> Any:
     parts = path.split(".")
     found, depth = _import(target, parts)
-    root = parts[0]
+    home = ".".join(parts[:depth])
     for index in range(depth, len(parts)):
-        if not hasattr(found, parts[index]):
-            where = ".".join(parts[:index])
-            raise UserError(
-                f"_target_ {target} does not exist: {where} has no {parts[index]}. "
-                f"{nearest(parts[index], _public(found))}".rstrip()
-            )
-        found = getattr(found, parts[index])
-        home = f"{getattr(found, '__module__', None) or ''}."
-        if inspect.ismodule(found) or not callable(found) or not home.startswith(f"{root}."):
-            raise UserError(f"_target_ {target} is not a class or function of {root}: {_kind(found)}.")
+        found = _member(target, found, parts, index)
+        if not callable(found) or getattr(found, "__module__", None) != home:
+            raise UserError(f"_target_ {target} is not a class or function of {home}: {_kind(found)}.")
     if inspect.ismodule(found):
         raise UserError(f"_target_ {target} is a module, not a class or function.")
-    if not path.startswith(OURS) and not inspect.isclass(found) and path not in FUNCTIONS:
-        raise UserError(f"_target_ {target} is a function of {root}: only classes of libraries are allowed.")
+    if not inspect.isclass(found) and path not in FUNCTIONS:
+        raise UserError(
+            f"_target_ {target} is a function: of functions only {', '.join(FUNCTIONS)} are allowed. Give a class."
+        )
     return found
+
+
+def _of_library(target: str, path: str) -> type:
+    package, _, name = path.rpartition(".")
+    packages = (*FAMILIES, *CLASSES)
+    if package not in packages:
+        raise UserError(
+            f"_target_ {target} is not allowed: of libraries only classes directly in {', '.join(packages)} are. "
+            f"{nearest(package, packages)}".rstrip()
+        )
+    parts = path.split(".")
+    module, _ = _import(target, parts[:-1])
+    if package in CLASSES:
+        if name not in CLASSES[package]:
+            raise UserError(
+                f"_target_ {target} is not allowed. {nearest(name, CLASSES[package])}"
+                f"Allowed of {package}: {', '.join(CLASSES[package])}."
+            )
+        return _member(target, module, parts, len(parts) - 1)
+    found = _member(target, module, parts, len(parts) - 1)
+    base_module, _, base = FAMILIES[package].rpartition(".")
+    wanted = getattr(importlib.import_module(base_module), base)
+    home = f"{getattr(found, '__module__', None) or ''}."
+    if not inspect.isclass(found) or not issubclass(found, wanted) or not home.startswith(f"{parts[0]}."):
+        raise UserError(
+            f"_target_ {target} is not allowed: of {package} only classes derived from {FAMILIES[package]} are, and "
+            f"{_kind(found)}."
+        )
+    return found
+
+
+def _member(target: str, found: Any, parts: list[str], index: int) -> Any:
+    if not hasattr(found, parts[index]):
+        where = ".".join(parts[:index])
+        raise UserError(
+            f"_target_ {target} does not exist: {where} has no {parts[index]}. "
+            f"{nearest(parts[index], _public(found))}".rstrip()
+        )
+    return getattr(found, parts[index])
 
 
 def _import(target: str, parts: list[str]) -> tuple[Any, int]:
@@ -194,6 +259,8 @@ def _roots(allowed: Sequence[str]) -> list[str]:
 
 
 def _listed(allowed: Sequence[str]) -> str:
+    if allowed == CONFIGURATION:
+        return f"{' and '.join(OURS)}, and some classes of {', '.join(_roots(allowed)[2:])},"
     return ", ".join(allowed)
 
 
@@ -201,4 +268,5 @@ def _kind(found: Any) -> str:
     if inspect.ismodule(found):
         return f"it is the module {found.__name__}"
     home = getattr(found, "__module__", None)
-    return f"it is defined in {home}" if callable(found) and home else f"it is a {type(found).__name__}"
+    what = "class" if inspect.isclass(found) else "function"
+    return f"it is a {what} of {home}" if callable(found) and home else f"it is a {type(found).__name__}"

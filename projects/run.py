@@ -15,8 +15,17 @@ def main() -> int:
         print(launch.help_text(CONF))
         return 0
 
+    if any(word.startswith("--e") for word in sys.argv[1:]):
+        print(
+            "error: --experimental-rerun reads a pickle, which may run any code. Give the overrides.", file=sys.stderr
+        )
+        return 2
+
     import hydra
 
+    from common.runtime.cli.hydra_sections import use_checked_loader
+
+    use_checked_loader()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here; they become one sentence below
     launch.register_resolvers()
     refused: list[Exception] = []

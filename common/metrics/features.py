@@ -168,7 +168,7 @@ class Inception(FeatureExtractor):
         try:
             torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
         except Exception as error:  # any unpickling failure means the same to a user
-            raise UserError(f"{path} does not load as plain weights: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{path} does not load as plain weights ({type(error).__name__}).") from error
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], io.BytesIO(data))

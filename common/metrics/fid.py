@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.archives import open_npz
 from common.errors import UserError
 from common.files import write_bytes
 
@@ -119,7 +120,7 @@ class GaussianStatistics:
         if not path.is_file():
             raise UserError(f"no reference statistics at {path}. Make them: python -m tools.fid_ref --out {path} ...")
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open_npz(path) as file:
                 mean, scatter = file["mean"], file["scatter"]
                 record = json.loads(str(file["record"]))
                 statistics = cls(dim=len(mean), record=record)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.archives import open_npz
 from common.data.images.folder import ImageFiles
 from common.errors import UserError
 from common.files import refuse_lfs_pointer, sha256_file
@@ -162,7 +163,7 @@ class StatisticsFile:
 
     def _published(self) -> GaussianStatistics | None:
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            with open_npz(self.path) as file:
                 keys = [names for names in (("mu", "sigma"), ("ref_mu", "ref_sigma")) if set(names) <= set(file.files)]
                 if not keys:
                     return None

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from common.archives import open_npz
 from common.errors import UserError
 from common.files import refuse_lfs_pointer
 
@@ -44,14 +44,24 @@ def read_flax(path: str | Path) -> dict[str, Tensor]:
     refuse_lfs_pointer(path)
     try:
         if zipfile.is_zipfile(path):
-            with np.load(path, allow_pickle=False) as file:
+            with open_npz(path) as file:
                 return {name: torch.from_numpy(file[name]) for name in file.files}
         data = memoryview(path.read_bytes())
         tree, end = _value(data, 0)
         if not isinstance(tree, dict) or end != len(data):
             raise ValueError("it is no tree of arrays")
         return dict(_leaves(tree, ()))
-    except (ValueError, IndexError, KeyError, TypeError, EOFError, OSError, RecursionError, struct.error) as error:
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        EOFError,
+        OSError,
+        RecursionError,
+        struct.error,
+        zipfile.BadZipFile,
+    ) as error:
         raise UserError(f"{path} is truncated or no .npz or flax msgpack file ({error}). Copy it again.") from error
 
 

@@ -2,15 +2,19 @@
 
 import fnmatch
 import pickle
+import re
+import zipfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from common.archives import open_zip
 from common.errors import UserError
 from common.files import checksum_path, refuse_lfs_pointer, verify_checksum
 
@@ -18,6 +22,11 @@ from common.files import checksum_path, refuse_lfs_pointer, verify_checksum
 PREFIXES = ("model.", "module.", "net.", "ema.")
 # Tensors a file may have and a network may lack: EDM was trained with augmentation labels, ECT is tuned without.
 DROPPED = ("*map_augment.weight",)
+# What torch raises for a damaged file.
+_DAMAGED = (
+    zipfile.BadZipFile, MemoryError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError,
+    AttributeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +81,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         return _read_safetensors(path)
     if path.suffix == ".pkl":
         raise UserError(f"{path} is a pickle. Convert it first: python -m tools.import_weights edm {path}")
-    return _state_dict_of(_read_torch(path), path)
+    return _state_dict_of(read_torch(path), path)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -85,19 +94,47 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is truncated or not a safetensors file ({error}). Copy it again.") from error
 
 
-def _read_torch(path: Path):
+def read_torch(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """What a file of `torch.save` holds: tensors and plain data. The one reader of such files; runs nothing in them.
+
+    mmap   leave the tensors in the file until they are used, for a look at one number
+    Raises UserError that names the file when it is missing, truncated, would unpack to far more than its size, or asks
+    for anything but tensors and plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist. Check the path.")
     try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            open_zip(path).close()
         with torch.serialization.safe_globals([Namespace]):  # the options of a program, kept beside its weights
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and zipped)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path} is damaged, or holds more than tensors and plain data, and is refused ({reason}) "
-            "Save its state_dict with safetensors where you trust it."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is refused: {unsafe(error)}. Save its state_dict with safetensors.") from error
+    except _DAMAGED as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is truncated or not a torch file ({reason}). Copy it again.") from error
+
+
+def stored_step(path: str | Path) -> int:
+    """Optimiser steps behind a checkpoint of a run; its tensors are not read.
+
+    Raises UserError that names the file, as `read_torch` does, and when it holds no such number.
+    """
+    content = read_torch(path, mmap=True)
+    step = content.get("global_step") if isinstance(content, Mapping) else None
+    if not isinstance(step, int):
+        raise UserError(f"{path} is no checkpoint of a run: it holds no global_step. Give a step-*.ckpt.")
+    return step
+
+
+def unsafe(error: Exception) -> str:
+    """Why torch refused to read a file, in words of ours: torch's own sentence tells how to switch the refusal off."""
+    asked = re.search(r"(?:GLOBAL|Unsupported (?:class|global:?(?: GLOBAL)?)) ([\w.]*\w)", str(error))
+    if asked:
+        return f"it asks for {asked[1]}, and only tensors and plain data are read; nothing was run"
+    return "it is damaged, or holds more than tensors and plain data; nothing was run"
 
 
 def _state_dict_of(content, path: Path) -> dict[str, Tensor]:

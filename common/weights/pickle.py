@@ -14,6 +14,7 @@ import math
 import pickle
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.archives import open_zip
 from common.errors import UserError
 from common.files import refuse_lfs_pointer
 
@@ -196,7 +198,11 @@ def _load_from_bytes(data):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if data.startswith(b"PK"):
+                open_zip(io.BytesIO(data)).close()
             storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"a tensor storage inside the file is refused: {error}.") from error
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         asked = f"asks for {name[1]}" if name else "holds more than numbers"

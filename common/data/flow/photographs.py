@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import limits
+from common.archives import open_zip
 from common.data.pictures import is_picture, list_pictures, read_member, read_picture
 from common.data.source import UNREADABLE
 from common.errors import UserError
@@ -108,7 +108,7 @@ def _pictures(place: Path) -> list[str]:
         names = list(list_pictures(place))
     elif place.is_file() and place.suffix.lower() == ".zip":
         try:
-            with zipfile.ZipFile(place) as archive:
+            with open_zip(place) as archive:
                 names = [name for name in archive.namelist() if is_picture(name)]
         except UNREADABLE as error:
             raise UserError(f"{place} cannot be read as a zip ({error}). Put an intact copy there.") from error
@@ -134,7 +134,7 @@ def read_photograph(place: Path | None, name: str) -> np.ndarray:
     elif place.is_dir():
         picture = read_picture(place / name, what=what)
     else:
-        with zipfile.ZipFile(place) as archive:
+        with open_zip(place) as archive:
             picture = read_picture(read_member(archive, name, what=what), what=what)
     if max(picture.size) > LONGEST:
         picture.thumbnail((LONGEST, LONGEST), Image.Resampling.BOX)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.archives import open_npz
 from common.data.graph.module import Graph, both_ways, row_normalise
 from common.data.source import UNREADABLE, check_split, find_folder
 from common.errors import UserError, nearest
@@ -50,7 +51,7 @@ class Planetoid:
         check_split(split, self.splits, self.name)
         path = self._file()
         try:
-            with np.load(path) as file:
+            with open_npz(path) as file:
                 labels = file["labels"].astype(np.int64)
                 indptr, columns = file["feat_indptr"].astype(np.int64), file["feat_indices"].astype(np.int64)
                 x = np.zeros((len(labels), int(file["num_features"])), dtype=np.float32)

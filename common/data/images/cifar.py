@@ -7,12 +7,12 @@ The compact layout holds, per batch of 10,000 images, a zip of 100 lossless WebP
 import codecs
 import io
 import pickle
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from common.archives import open_npz, open_zip
 from common.data.source import UNREADABLE, ImageArray, check_split, differs_from_sums, find_folder, sha256
 from common.errors import UserError
 from common.files import atomic
@@ -140,7 +140,7 @@ def read_mosaics(path: Path, batch: str) -> np.ndarray:
     _check_sums(path)
     pixels = np.empty((100, 10, 10, 3, 32, 32), dtype=np.uint8)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             for member in range(100):
                 with Image.open(io.BytesIO(archive.read(f"{member:03d}.webp"))) as picture:
                     mosaic = np.asarray(picture.convert("RGB")).reshape(10, 32, 10, 32, 3)
@@ -157,7 +157,7 @@ def read_compact_labels(path: Path, batch: str) -> np.ndarray:
     """Labels (10000,) int64 of one batch from `labels.npz`. Raises UserError naming `path` when they are not known."""
     _check_sums(path)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_npz(path) as arrays:
             labels = arrays["test" if batch == "test_batch" else "train"]
     except UNREADABLE as error:
         raise _damaged(path, f"it cannot be read ({error})") from error

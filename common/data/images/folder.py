@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from common import limits
+from common.archives import open_zip
 from common.data.pictures import is_hidden, is_picture, list_pictures, read_member, read_picture
 from common.data.source import UNREADABLE, check_split
 from common.errors import UserError
@@ -169,7 +170,7 @@ class ImageFiles:
         # one handle per process: a file position shared with a forked worker would be read from two places
         process = os.getpid()
         if process not in self._zips:
-            self._zips[process] = zipfile.ZipFile(self.path)
+            self._zips[process] = open_zip(self.path)
         return self._zips[process]
 
     def _list_zip(self) -> dict[str, str]:

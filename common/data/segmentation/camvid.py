@@ -1,8 +1,8 @@
 """CamVid: 701 frames of road scenes with 11 classes, at half the published size in zips, or as SegNet's folders."""
 
-import zipfile
 from pathlib import Path
 
+from common.archives import open_zip
 from common.data.segmentation.augment import IGNORE
 from common.data.segmentation.pairs import Pairs, label_table, require_files
 from common.data.segmentation.palette import CAMVID
@@ -67,7 +67,7 @@ class CamVid:
                 f"camvid: {path} is damaged: its sha256 is not the one in {path.with_name('SHA256SUMS')}. {again}"
             )
         try:
-            with zipfile.ZipFile(path) as archive:
+            with open_zip(path) as archive:
                 names = sorted(archive.namelist())
         except UNREADABLE as error:
             raise UserError(f"camvid: {path} cannot be read as a zip ({error}). {again}") from error

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.archives import open_zip
 from common.data.pictures import INTACT, picture_size, read_member, read_picture, read_values, reason_of
 from common.data.segmentation.augment import IGNORE
 from common.data.segmentation.palette import Palette
@@ -146,7 +147,7 @@ class Pairs:
         # one handle per process: a file position shared with a forked worker would be read from two places
         process = os.getpid()
         if process not in self._zips:
-            self._zips[process] = zipfile.ZipFile(self.archive)
+            self._zips[process] = open_zip(self.archive)
         return self._zips[process]
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from common.errors import UserError
 from common.files import atomic, checksum_path, sha256_file, verify_checksum, write_text
 from common.runtime.training.logger import log_step
+from common.weights.load import read_torch
 
 NAME = re.compile(r"^step-(\d+)\.ckpt$")
 
@@ -62,10 +63,7 @@ def read_checkpoint(path, *, map_location="cpu") -> dict:
             f"The checkpoint {path} does not match its checksum: it was cut short or altered. "
             f"Delete it to use the one before it."
         )
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:
-        raise UserError(f"The checkpoint {path} cannot be read as plain tensors ({type(error).__name__}).") from error
+    return read_torch(path, map_location=map_location)
 
 
 def list_checkpoints(folder) -> list[Path]:

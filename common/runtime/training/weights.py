@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
 from common.runtime.training.checkpoint import latest_complete, read_checkpoint
 from common.runtime.training.ema import choose_average
-from common.weights.load import LoadReport, load_into, load_tensors
+from common.weights.load import LoadReport, load_into, load_tensors, stored_step
 
 NETWORK = "net."  # a ResearchModule keeps its network under this name
 
@@ -79,5 +78,4 @@ def trained_weights(module: nn.Module, run_dir: Path, *, resume: str, init_file:
         initialise(module.net, init, None if init.suffix != ".ckpt" else average)
         return {"file": str(init), "step": 0, "average": "file"}
     initialise(module.net, path, average)
-    step = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("global_step", 0)
-    return {"file": str(path), "step": int(step), "average": average}
+    return {"file": str(path), "step": stored_step(path), "average": average}

@@ -5,7 +5,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,6 +23,7 @@ from common.runtime.verbs.assemble import Assembled, assemble, instantiate, task
 from common.runtime.verbs.evaluate import EvaluationCurve
 from common.runtime.verbs.export import write_export
 from common.runtime.verbs.report import comparison_table, environment, show, write_result
+from common.weights.load import stored_step
 
 
 def prepare_folder(run: Assembled, overrides: list[str]) -> Path | None:
@@ -131,7 +131,7 @@ def fit_task(cfg: DictConfig) -> float | None:
         trainer, averages = build_trainer(run)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
-                logger.start_at(_step_of(start) if start else 0)
+                logger.start_at(stored_step(start) if start else 0)
         before = _earlier_seconds(run.folder) if start else 0.0
         if trainer.is_global_zero:
             action = f"continuing {start.name}" if start else "training"
@@ -221,10 +221,6 @@ def print_closing_table(run: Assembled, own: dict, results: dict) -> None:
 
 def _say(trainer: Trainer):
     return (lambda text: print(text, flush=True)) if trainer.is_global_zero else None
-
-
-def _step_of(path: Path) -> int:
-    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
 def _last_loss(trainer: Trainer) -> float | None:

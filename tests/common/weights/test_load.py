@@ -1,4 +1,5 @@
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import write_checksum
-from common.weights.load import load_file_into, load_into, load_tensors
+from common.weights.load import load_file_into, load_into, load_tensors, stored_step
 
 
 class Net(nn.Module):
@@ -75,8 +76,35 @@ class Hostile:
 def test_code_in_a_torch_file_is_not_run(tmp_path):
     path = tmp_path / "evil.pt"
     torch.save({"state_dict": weights(), "x": Hostile()}, path)
-    with pytest.raises(UserError, match=r"evil\.pt .* refused"):
-        load_tensors(path)
+    for read in (load_tensors, stored_step):  # the second looks at one number of a checkpoint, for resume=<file>
+        with pytest.raises(UserError, match=r"evil\.pt is refused: it asks for [\w.]+, and only tensors") as error:
+            read(path)
+        assert "weights_only" not in str(error.value)  # torch's advice on how to read it all the same
+    path.write_bytes(pickle.dumps(Hostile()))  # the format before zip
+    with pytest.raises(UserError, match=r"evil\.pt is refused") as error:
+        stored_step(path)
+    assert "weights_only" not in str(error.value)
+
+
+def test_the_step_of_a_checkpoint(tmp_path):
+    torch.save({"global_step": 12, "state_dict": weights()}, tmp_path / "a.ckpt")
+    assert stored_step(tmp_path / "a.ckpt") == 12
+    torch.save(weights(), tmp_path / "b.ckpt")
+    with pytest.raises(UserError, match=r"b\.ckpt is no checkpoint of a run: it holds no global_step"):
+        stored_step(tmp_path / "b.ckpt")
+    (tmp_path / "c.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:300])
+    with pytest.raises(UserError, match=r"c\.ckpt is (truncated|refused)"):
+        stored_step(tmp_path / "c.ckpt")
+
+
+def test_a_torch_file_that_unpacks_to_far_more_is_refused(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(20 << 20)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "bomb.pt", "w", 8) as bomb:
+        for member in plain.infolist():
+            bomb.writestr(member.filename, plain.read(member))
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("it was unpacked"))
+    with pytest.raises(UserError, match=r"bomb\.pt .*would unpack"):
+        load_tensors(tmp_path / "bomb.pt")
 
 
 def test_pickle_missing_and_foreign_content(tmp_path):

@@ -67,6 +67,8 @@ def toy(monkeypatch):
         setattr(module, item.__name__, item)
         monkeypatch.setattr(item, "__module__", module.__name__)  # targets must be defined where they are named
     module.number = 3
+    functions = ("projects.toy_check.make_child", "projects.toy_check.positional")
+    monkeypatch.setattr("common.targets.FUNCTIONS", functions)
     monkeypatch.setitem(sys.modules, "projects.toy_check", module)
 
 
