@@ -2,7 +2,9 @@
 
 python -m tools.import_weights edm  edm-cifar10-32x32-uncond-vp.pkl
 python -m tools.import_weights edm2 edm2-img64-s-1073741-0.075.pkl --out weights/edm2_imagenet64_s
+python -m tools.import_weights edm  network-snapshot-000500.pkl          (ECT on CIFAR-10; edm2 for ECT on ImageNet-64)
 python -m tools.import_weights imf  iMF-B-2.pth
+python -m tools.import_weights pmf  own-H-16.pt --net pmf_h16 --omega 7 --interval 0.2 0.6
 python -m tools.import_weights meanflow checkpoint-last.pth              (PyTorch code, CIFAR-10)
 python -m tools.import_weights meanflow b4.npz --net dit_b4              (JAX code; npz or msgpack)
 python -m tools.import_weights flow deq-flow-H-things-test-3x.pth        (DEQ-Flow, RAFT, GMA, torchvision)
@@ -31,8 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder to write (default: the file's name without ending, beside it)")
     parser.add_argument("--key", help="entry of the file to take (default: ema), e.g. net_ema1. of meanflow's PyTorch")
     parser.add_argument("--net", help="network of conf/net, e.g. dit_b4 (default: that of the released file's name)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of that network")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of that network, e.g. mlp_multiple=1 for a pMF-H of hidden width 3413",
+    )
     parser.add_argument("--noise-scale", type=float, help="of pMF's noise (default: that of the released file's name)")
+    parser.add_argument("--omega", type=float, help="guidance of iMF, pMF (default: that of the released file's name)")
+    parser.add_argument(
+        "--interval", type=float, nargs=2, default=(0.0, 1.0), help="times it acts between, with --omega"
+    )
     args = parser.parse_args(argv)
 
     try:
@@ -59,17 +71,20 @@ def main(argv: list[str] | None = None) -> int:
 def _pickle(args: argparse.Namespace, out: Path):
     from common.weights.convert import convert
 
-    if args.net or args.set or args.noise_scale is not None:
+    if args.net or args.set or args.noise_scale is not None or args.omega is not None:
         raise UserError(
-            f"the file says what network it is of: leave --net, --set and --noise-scale out for {args.family}."
+            f"the file says what network it is of: leave --net, --set, --noise-scale and --omega out for {args.family}."
         )
     return convert(args.file, out, family=args.family, key=args.key or "ema")
 
 
 def _velocity(args: argparse.Namespace, out: Path):
-    from common.weights.meanflow import convert_official
+    from common.weights.meanflow import convert_official, published_sampler
 
-    sampler = {"_target_": "common.diffusion.sample.AverageVelocitySteps", "steps": 1}
+    sampler = published_sampler(args.file.name)
+    if args.omega is not None:
+        low, high = args.interval
+        sampler |= {"omega": args.omega, "t_min": low, "t_max": high}
     return convert_official(
         args.file, out, network=network_of(args), prefix=args.key, sampler=sampler, noise_scale=args.noise_scale
     )
@@ -78,8 +93,8 @@ def _velocity(args: argparse.Namespace, out: Path):
 def _flow(args: argparse.Namespace, out: Path):
     from projects.deq_flow.weights import convert_official
 
-    if args.key or args.noise_scale is not None:
-        raise UserError("files of optical flow hold one network and no noise: leave --key and --noise-scale out.")
+    if args.key or args.noise_scale is not None or args.omega is not None:
+        raise UserError("files of optical flow hold one network and no noise: leave --key, --noise-scale, --omega out.")
     return convert_official(args.file, out, network=network_of(args))
 
 

@@ -53,6 +53,31 @@ RELEASES: dict[str, Release] = {
 # Of the training noise, where it is not 1: official configurations of pMF.
 NOISE_SCALES = {"pMF-H-16.pt": 2.0, "pMF-B-32.pt": 2.0, "pMF-L-32.pt": 4.0, "pMF-H-32.pt": 4.0}
 
+# Guidance of the published numbers, told to the network in one step: omega, and the times between which it acts.
+# READMEs of the same branches; on the main branches the configurations recommend the same.
+GUIDANCE = {
+    "iMF-B-2.pth": (8.0, 0.4, 0.65),
+    "iMF-M-2.pth": (10.5, 0.4, 0.6),
+    "iMF-L-2.pth": (10.5, 0.4, 0.6),
+    "iMF-XL-2.pth": (8.0, 0.42, 0.62),
+    "pMF-B-16.pt": (8.5, 0.1, 0.7),
+    "pMF-L-16.pt": (7.0, 0.2, 0.7),
+    "pMF-H-16.pt": (7.0, 0.2, 0.6),
+    "pMF-B-32.pt": (6.5, 0.1, 0.7),
+    "pMF-L-32.pt": (7.5, 0.2, 0.6),
+    "pMF-H-32.pt": (5.5, 0.1, 0.6),
+}
+
+
+def published_sampler(file: str) -> dict:
+    """Tree of the sampler behind the published number of the released `file`; one plain step for any other name."""
+    sampler = {"_target_": "common.diffusion.sample.AverageVelocitySteps", "steps": 1}
+    if file not in GUIDANCE:
+        return sampler
+    omega, t_min, t_max = GUIDANCE[file]
+    return sampler | {"omega": omega, "t_min": t_min, "t_max": t_max}
+
+
 # Tensors that are computed here, not stored; the fixed positions of a DiT among them, the learned ones of pMF not.
 _COMPUTED = re.compile(r"(^|\.)rope_freqs$")
 # Wrappers around a layer: flax in JAX and in the authors' PyTorch files, linear and embedding in FD-loss.

@@ -236,6 +236,13 @@ def _rebuild_parameter(data, requires_grad=True, hooks=None, state=None):
     return data
 
 
+def _attribute(owner, name):
+    """A bound method of an object of the file, as ECT's loss keeps one: its name, and nothing that can be called."""
+    if not isinstance(owner, Record) or not isinstance(name, str) or not name.isidentifier():
+        raise UserError("it asks for an attribute of something that is no object of the file, and is refused.")
+    return f"<{owner.name}.{name}>"
+
+
 def _device(kind, index=None):
     return str(kind)
 
@@ -261,6 +268,7 @@ _NAMES: dict[tuple[str, str], Any] = {
 }
 for _home in ("builtins", "__builtin__"):
     _NAMES[_home, "set"], _NAMES[_home, "frozenset"] = set, frozenset
+    _NAMES[_home, "getattr"] = _Call(_attribute)
 for _home in ("numpy.core", "numpy._core"):
     _NAMES[_home + ".multiarray", "_reconstruct"] = _Call(_Array)
     _NAMES[_home + ".multiarray", "scalar"] = _Call(_scalar)

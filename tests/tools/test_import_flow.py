@@ -59,7 +59,7 @@ def test_a_released_name_says_its_size_and_raft_its_start(tmp_path, capsys):
         ([], "is of no released name: say its network with --net, one of deq_flow_base"),
         (["--net", "dit_b4"], "say its network with --net, one of deq_flow_base"),
         (["--net", "deq_flow_tiny"], "RAFT's small network"),
-        (["--net", "deq_flow_tiny", "--noise-scale", "2"], "leave --key and --noise-scale out"),
+        (["--net", "deq_flow_tiny", "--noise-scale", "2"], "leave --key, --noise-scale, --omega out"),
     ],
 )
 def test_mistakes_are_one_sentence(words, sentence, tmp_path, capsys):

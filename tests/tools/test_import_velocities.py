@@ -1,10 +1,12 @@
 """tools.import_weights for MeanFlow, iMF and pMF: files made like the official ones become exports that sample."""
 
+import math
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 from common.diffusion.guidance import BoundVelocity
 from common.diffusion.sample import AverageVelocitySteps, ImageNoise
@@ -14,6 +16,7 @@ from common.nets.mit import MiT
 from common.nets.unet import SongUNet
 from common.weights.build import build
 from common.weights.export import load
+from common.weights.meanflow import GUIDANCE, RELEASES
 from tools import import_weights
 
 TINY = dict(img_resolution=8, in_channels=1, patch_size=2, width=64, depth=4, num_heads=4, label_dim=10)
@@ -109,13 +112,16 @@ def test_mistakes_are_one_sentence(tmp_path, capsys):
     assert "is of no released name: say its network with --net, one of dit_b2" in refused(capsys, "imf", own)
     assert "own.pth does not fit MiT" in refused(capsys, "imf", own, "--net", "mit_tiny", "--set", "width=32")
     assert "is no option of mit_tiny" in refused(capsys, "imf", own, "--net", "mit_tiny", "--set", "widht=32")
-    assert "leave --net, --set and --noise-scale out for edm" in refused(capsys, "edm", own, "--net", "mit_tiny")
+    assert "leave --net, --set, --noise-scale and --omega out for edm" in refused(
+        capsys, "edm", own, "--net", "mit_tiny"
+    )
 
 
 def test_a_released_name_says_its_network(tmp_path):
     for family, file, target, key, value in (
         ("imf", "iMF-XL-2.pth", "common.nets.mit.MiT", "depth", 48),
         ("pmf", "pMF-H-32.pt", "projects.pmf.network.PixelMiT", "patch_size", 32),
+        ("pmf", "pMF-H-16.pt", "projects.pmf.network.PixelMiT", "mlp_multiple", 8),
         ("meanflow", "checkpoint-last.pth", "common.nets.average_velocity.AverageVelocity", "times", ["t", "t-r"]),
     ):
         tree = import_weights.network_of(Namespace(family=family, file=tmp_path / file, net=None, set=[]))
@@ -132,6 +138,39 @@ def test_an_imported_pmf_starts_from_the_noise_it_was_trained_with(tmp_path, cap
     assert (released.meta["noise_scale"], other.meta["noise_scale"]) == (2, 1)
     z = ImageNoise(seed=3, indices=[0, 1], shape=(1, 8, 8)).z
     for scale, made in ((2.0, released), (1.0, other)):
-        velocity = BoundVelocity(net=made.net, class_labels=torch.eye(10)[[4, 4]], noise_scale=scale)
-        torch.testing.assert_close(made.sample(2, seed=3, labels=4), AverageVelocitySteps()(velocity, z, None).float())
+        velocity = BoundVelocity(
+            net=made.net, class_labels=torch.eye(10)[[4, 4]], noise_scale=scale, guidance=(1, math.inf)
+        )
+        one = AverageVelocitySteps(omega=7.0, t_min=0.2, t_max=0.6)
+        torch.testing.assert_close(made.sample(2, seed=3, labels=4), one(velocity, z, None).float())
     assert not torch.allclose(released.sample(2, seed=3, labels=4), other.sample(2, seed=3, labels=4))
+
+
+def test_an_export_samples_with_the_guidance_of_the_published_number(tmp_path, capsys):
+    """It is told by the released name, by --omega and --interval for other names."""
+    net = shaken(MiT(**TINY, head_depth=2, v_depth=0))
+    for name, words, guidance in (
+        ("iMF-L-2.pth", (), (10.5, 0.4, 0.6)),
+        ("own.pth", ("--omega", "3", "--interval", "0.1", "0.5"), (3.0, 0.1, 0.5)),
+    ):
+        torch.save(net.state_dict(), tmp_path / name)
+        imported(capsys, "imf", tmp_path / name, "--net", "mit_tiny", *words)
+        made = load((tmp_path / name).with_suffix(""))
+        assert (made.sampler.omega, made.sampler.t_min, made.sampler.t_max) == guidance
+        told = dict(zip(("omega", "t_min", "t_max"), guidance), class_labels=torch.eye(10)[[4, 4]])
+        z = ImageNoise(seed=3, indices=[0, 1], shape=(1, 8, 8)).z
+        with torch.no_grad():
+            torch.testing.assert_close(made.sample(2, seed=3, labels=4), z - net(z, 1.0, 0.0, **told))
+
+
+def test_every_release_has_the_guidance_of_its_experiment(tmp_path):
+    """The experiments sample as the exports do: one table would not notice a slip of the other."""
+    kinds = {"b": "b", "m": "m", "l": "l", "xl": "xl", "h": "h"}
+    for key, release in RELEASES.items():
+        family, size = key.split("_")
+        side = {"16": "256", "32": "512"}.get(size.lstrip("blh"))
+        size = kinds[size.rstrip("0123456789")]
+        experiment = f"imf_imagenet_{size}" if family == "imf" else f"pmf_imagenet{side}_{size}"
+        with initialize_config_dir(str(import_weights.CONF), version_base="1.3"):
+            one = compose("config", [f"+experiment={experiment}"]).evaluate.samplers.one_step
+        assert (one.omega, one.t_min, one.t_max) == GUIDANCE[release.file], key

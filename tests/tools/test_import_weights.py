@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from common.diffusion import precond
+from common.diffusion.sample import ImageNoise, Multistep
 from common.errors import UserError
 from common.nets.edm2 import EDM2UNet
 from common.nets.unet import DhariwalUNet, SongUNet
@@ -86,6 +87,37 @@ def edm2():
     return "edm2", "Precond", precond.EDM2Precond(model=raw), dict(img_channels=3, label_dim=4, **SMALL)
 
 
+def ect():
+    raw = SongUNet(in_channels=3, out_channels=3, label_dim=0, **SMALL)
+    kwargs = dict(img_channels=3, label_dim=0, use_fp16=False, model_type="SongUNet", **SMALL)
+    return "edm", "ECMPrecond", precond.ECMPrecond(model=raw), kwargs
+
+
+def ect_imagenet():
+    raw = EDM2UNet(img_channels=3, label_dim=4, dropout=0.4, dropout_res=16, **SMALL)
+    net = precond.EDM2Precond(model=raw, logvar_channels=0)
+    return (
+        "edm2",
+        "Precond",
+        net,
+        dict(img_channels=3, label_dim=4, use_fp16=False, dropout=0.4, dropout_res=16, **SMALL),
+    )
+
+
+class OfficialLoss:
+    """ECT's loss as its loop pickles it beside the network: a persistent object that holds a bound method of itself."""
+
+    def __init__(self):
+        self.meta = dict(type="class", version=6, module_src="", class_name="ECMLoss", state=dict(q=2, stage=3))
+        self.meta["state"]["_init_args"], self.meta["state"]["_init_kwargs"] = (), {}
+
+    def t_to_r_sigmoid(self, t):
+        return t
+
+    def __reduce__(self):
+        return _reconstruct_persistent_obj, (self.meta,)
+
+
 def randomise(net):
     for value in net.parameters():
         value.data = torch.randn(value.shape) * 0.2
@@ -115,6 +147,30 @@ def test_imported_network_computes_the_same(tmp_path, make, capsys):
     assert imported.meta["official_class"] == name and imported.meta["average"] == "ema"
     assert imported.net.dtype == ("float16" if kwargs.get("use_fp16", family == "edm2") else "float32")
     assert imported.sample(3, seed=1).shape == (3, 3, 8, 8)
+
+
+@pytest.mark.parametrize(("make", "mid"), [(ect, 0.821), (ect_imagenet, 1.526)])
+def test_a_snapshot_of_the_loop_of_ect_samples_in_two_steps(tmp_path, make, mid):
+    """Branch main keeps the loss in the file, a bound method in it as builtins.getattr; imgnet the network alone."""
+    family, name, net, kwargs = make()
+    randomise(net)
+    content = dict(ema=Official(net, name, **kwargs))
+    if make is ect:
+        inner = OfficialLoss()
+        outer = OfficialLoss()
+        outer.meta["state"]["t_to_r"] = inner.t_to_r_sigmoid
+        content |= dict(loss_fn=outer, augment_pipe=None, dataset_kwargs=dict(path="x"))
+    file = save(tmp_path / "network-snapshot-000500.pkl", content)
+    assert make is not ect or b"getattr" in file.read_bytes()
+    convert(file, tmp_path / "out", family=family)
+    made = load(tmp_path / "out")
+    assert isinstance(made.sampler, Multistep) and list(made.sampler.mids) == [mid]
+    noise = ImageNoise(seed=0, indices=[0, 1], shape=(3, 8, 8))
+    labels = torch.eye(4)[[1, 1]] if net.label_dim else None
+    with torch.no_grad():
+        x = net(80 * noise.z.double(), 80.0, labels).double()
+        x = net(x + mid * noise.noise(0), mid, labels)
+    torch.testing.assert_close(made.sample(2, labels=1 if net.label_dim else None), x, rtol=1e-4, atol=1e-4)
 
 
 def test_ect_starts_from_a_network_trained_with_augmentation_labels(tmp_path):

@@ -7,8 +7,9 @@ from common.weights.convert import network_tree
 from common.weights.pickle import Snapshot
 
 
-def snapshot(class_name, /, *args, **kwargs):
-    return Snapshot(class_name=class_name, args=list(args), kwargs=kwargs, tensors={})
+def snapshot(class_name, /, *args, head=False, **kwargs):
+    tensors = {"logvar_linear.weight": torch.zeros(1, 128)} if head else {}
+    return Snapshot(class_name=class_name, args=list(args), kwargs=kwargs, tensors=tensors)
 
 
 def count(tree, part=None):
@@ -28,9 +29,11 @@ def test_published_parameter_counts():
     """Counts of shared sheet and papers: DDPM++ 32px with 9 augmentation labels, ADM 64px, EDM2-S 64px plus head."""
     assert count(network_tree(snapshot("EDMPrecond", **CIFAR))) == 55_733_891
     assert count(network_tree(snapshot("EDMPrecond", 64, 3, 1000, True, model_type="DhariwalUNet"))) == 295_899_267
-    tree = network_tree(snapshot("Precond", img_resolution=64, img_channels=3, label_dim=1000, model_channels=192))
-    assert count(tree, "unet") == 280_209_253
-    assert count(tree) == 280_209_253 + 128
+    edm2 = dict(img_resolution=64, img_channels=3, label_dim=1000, model_channels=192)
+    for head in (True, False):  # ECT's branch imgnet leaves it out
+        tree = network_tree(snapshot("Precond", **edm2, head=head))
+        assert count(tree, "unet") == 280_209_253
+        assert count(tree) == 280_209_253 + 128 * head
 
 
 def test_options_keep_their_values_and_names():
