@@ -10,7 +10,8 @@ measured in a process of its own. Nothing here is asserted: the tables are for r
     cases(options) -> [case]     strings; every variant is timed in every case
     variants_of(case, options)   optional: the variants of one case, its own baseline first
     make(variant, options)       -> step(case, repeat) -> {column: number}; equal (case, repeat) = equal random draws
-    remarks(rows) -> [sentence]  optional: what the table says, printed below it
+    remarks(rows) -> [sentence]  optional: what the table shows, printed below it
+    metrics(rows) -> {name: number}  optional: the numbers a claim can ask for (conf/claim, `benchmark:`)
     plot(rows, path)             optional: a picture of its own instead of bars
 """
 
@@ -170,6 +171,7 @@ def run(name: str, benchmark: ModuleType, options: argparse.Namespace, arguments
     """Measure, print and write; returns the rows of the table."""
     import torch
 
+    started = time.perf_counter()
     variants, cases = benchmark.variants(options), benchmark.cases(options)
     variants_of = getattr(benchmark, "variants_of", lambda case, options: variants)
     say = (lambda *_, **__: None) if options.quiet else print
@@ -212,6 +214,7 @@ def run(name: str, benchmark: ModuleType, options: argparse.Namespace, arguments
     out = Path(options.out)
     written = report.write_table(out, name, rows)
     getattr(benchmark, "plot", plot)(rows, out / f"{name}.png")
+    metrics = getattr(benchmark, "metrics", lambda rows: {})(rows)
     write_json(
         out / f"{name}.json",
         {
@@ -221,6 +224,8 @@ def run(name: str, benchmark: ModuleType, options: argparse.Namespace, arguments
             **facts,
             "measured": raw,
             "remarks": remarks,
+            "metrics": {key: {"value": value} for key, value in metrics.items()},
+            "wall_time_s": time.perf_counter() - started,
             "memory_mib": [{"variant": v, "case": c, "mib": m} for (v, c), m in memory.items()],
         },
     )

@@ -10,10 +10,12 @@ projects/<slug>/results.json. A relation that fails is recorded as failed.
     seeds: [1, 2, 3]
     headline:        # optional {says, name, measure, against, baseline}: a measure and its baseline for README.md,
                      # shown as "<says>: <name> 8.3, <against> 33"
-    runs:            # name -> {experiment, overrides: [key=value, ...], needs: [earlier run names]};
+    runs:            # name -> {experiment, overrides: [key=value, ...], needs: [earlier run names]}, or
+                     # {benchmark, options: [...]}: `python -m tools.bench <benchmark> <options>`, once per seed;
                      # "{teacher}" in an override stands for the folder of run `teacher` with the same seed;
                      # task=test among the overrides measures given weights instead of training
-    measures:        # name -> {run, metric: key of its result.json, says: words for the table}
+    measures:        # name -> {run, metric: key of its result.json or of the benchmark's metrics, says: words for the
+                     # table}
     relations:       # [{left, op: ">=" "<=" ">" "<", factor, right, says}]: left op factor * right,
                      # asked of every seed and of the means
 """
@@ -36,6 +38,7 @@ import yaml
 from common.errors import UserError, nearest
 from common.files import read_json, write_json
 from common.runtime.verbs import report
+from tools import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -43,6 +46,7 @@ FIELDS = {
     "claim": {"claim", "source", "seeds", "headline", "runs", "measures", "relations"},
     "headline": {"says", "name", "measure", "against", "baseline"},
     "run": {"experiment", "overrides", "needs"},
+    "benchmark": {"benchmark", "options"},
     "measure": {"run", "metric", "says"},
     "relation": {"left", "op", "factor", "right", "says"},
 }
@@ -68,6 +72,11 @@ def load_claim(slug: str, conf: Path = ROOT / "conf") -> dict:
         raise UserError(f"{where}: seeds must be a list of integers, got {claim['seeds']!r}.")
     seen: list[str] = []
     for name, run in claim["runs"].items():
+        if isinstance(run, dict) and "benchmark" in run:
+            _fields(run, "benchmark", f"{where}: runs.{name}", required={"benchmark"})
+            _known(run["benchmark"], bench.names(), f"{where}: runs.{name}.benchmark", "a benchmark")
+            run["options"] = [str(option) for option in run.get("options", [])]
+            continue
         _fields(run, "run", f"{where}: runs.{name}", required={"experiment"})
         run.setdefault("overrides", [])
         run["needs"] = [run["needs"]] if isinstance(run.get("needs"), str) else run.get("needs", [])
@@ -126,15 +135,12 @@ def _known(name, options, where: str, what: str) -> None:
 
 def code_hash(root: Path = ROOT) -> str:
     """16 hex digits of the code and configuration a run depends on (contents, not commits: prose does not count)."""
-    listed = report.git("ls-files", "-co", "--exclude-standard", "--", "common", "projects", "conf", root=root)
+    tops = ("common", "projects", "conf", "tools/benchmarks")
+    listed = report.git("ls-files", "-co", "--exclude-standard", "--", *tops, root=root)
     names = (
         listed.splitlines()
         if listed is not None
-        else [
-            path.relative_to(root).as_posix()
-            for top in ("common", "projects", "conf")
-            for path in (root / top).rglob("*")
-        ]
+        else [path.relative_to(root).as_posix() for top in tops for path in (root / top).rglob("*")]
     )
     digest = hashlib.sha256()
     for name in sorted(set(names)):
@@ -164,10 +170,15 @@ def _quoted(key: str, value) -> str:
     return f"{key}='{text}'"
 
 
-def execute(arguments: Sequence[str]) -> int:
-    """Make one run in a process of its own, its output on ours; returns the exit code."""
+def benchmark_arguments(run: Mapping, folder: Path) -> list[str]:
+    """The command line of one benchmark after `python -m tools.bench`."""
+    return [run["benchmark"], "--out", str(folder.resolve()), *run["options"]]
+
+
+def execute(arguments: Sequence[str], module: str = "projects.run") -> int:
+    """`python -m module *arguments` in a process of its own, its output on ours; returns the exit code."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([sys.executable, "-m", "projects.run", *arguments], env=environment, check=False).returncode
+    return subprocess.run([sys.executable, "-m", module, *arguments], env=environment, check=False).returncode
 
 
 def make_runs(
@@ -177,7 +188,7 @@ def make_runs(
     *,
     code: str,
     fresh: bool = False,
-    run: Callable[[Sequence[str]], int] = execute,
+    run: Callable[[Sequence[str], str], int] = execute,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, dict]:
     """All runs of one seed, in order, under `folder`; returns run name -> result record.
@@ -192,34 +203,49 @@ def make_runs(
     folders: dict[str, Path] = {}
     for name, spec in claim["runs"].items():
         place = folder / name
-        arguments = run_arguments(spec, seed, place, folders)
-        used = [
-            other
-            for other in folders
-            if other in spec["needs"] or any(f"{{{other}}}" in str(text) for text in spec["overrides"])
-        ]
+        if "benchmark" in spec:
+            module, arguments, used = "tools.bench", benchmark_arguments(spec, place), []
+            answer = place / f"{spec['benchmark']}.json"
+        else:
+            module, arguments = "projects.run", run_arguments(spec, seed, place, folders)
+            # where that verb leaves its numbers
+            answer = (place / "test" if "task=test" in arguments else place) / "result.json"
+            used = [
+                other
+                for other in folders
+                if other in spec["needs"] or any(f"{{{other}}}" in str(text) for text in spec["overrides"])
+            ]
         stamp = {"arguments": arguments, "code": code, "needs": {other: stamps[other] for other in used}}
         folders[name], stamps[name] = place, stamp
         same = not fresh and _stamp(place) == stamp
-        answer = place / "test" if "task=test" in arguments else place  # where that verb leaves its numbers
-        result = report.read_result(answer) if same else None
+        result = _result(answer) if same else None
         if result is not None:
             say(f"[seed {seed}] {name}: reusing {place}")
         else:
             if not same and place.exists():
                 shutil.rmtree(place)
             write_json(place / STAMP, stamp)
-            say(f"[seed {seed}] {name}: python -m projects.run {' '.join(arguments)}")
-            status = run(arguments)
-            result = report.read_result(answer)
+            say(f"[seed {seed}] {name}: python -m {module} {' '.join(arguments)}")
+            status = run(arguments, module)
+            result = _result(answer)
             if status or result is None:
-                why = f"ended with exit code {status}" if status else "left no result.json"
+                why = f"ended with exit code {status}" if status else "left no {answer.name}"
                 raise UserError(
                     f"Run '{name}' of seed {seed} {why}; see its output above. "
                     f"Start again with the same command: finished runs are kept."
                 )
         results[name] = result
     return results
+
+
+def _result(path: Path) -> dict | None:
+    """The numbers a finished run or benchmark left, None when there are none."""
+    if path.name == "result.json":
+        return report.read_result(path.parent)
+    try:
+        return read_json(path)
+    except UserError:
+        return None
 
 
 def _stamp(place: Path) -> dict | None:
@@ -311,8 +337,7 @@ def make_record(claim: Mapping, results: Mapping[int, Mapping[str, Mapping]], co
         "wall_time_s": round(sum(result.get("wall_time_s") or 0.0 for result in flat), 1),
         "runs": {
             name: {
-                "experiment": run["experiment"],
-                "overrides": run["overrides"],
+                **{key: run[key] for key in ("experiment", "overrides", "benchmark", "options") if key in run},
                 "steps": results[next(iter(results))][name].get("step"),
             }
             for name, run in claim["runs"].items()
@@ -365,7 +390,7 @@ def claim_once(
     fresh: bool,
     record: bool,
     root: Path = ROOT,
-    run: Callable[[Sequence[str]], int] = execute,
+    run: Callable[[Sequence[str], str], int] = execute,
 ) -> dict:
     """Make, measure, print and (with `record`) store one claim; returns its record."""
     claim = load_claim(slug, root / "conf")

@@ -200,13 +200,14 @@ def publications_list(root: Path, only: str | None) -> str:
         parts.append(f"## {family}\n")
         for paper in (paper for paper in found.values() if paper.family == family):
             record = newest_record(root, paper.slug)
-            trained = {run["experiment"] for run in record["runs"].values() if "experiment" in run} if record else set()
+            trained = {run.get("experiment") for run in record["runs"].values()} if record else set()
             rest = [one for one in known if one["slug"] == paper.slug and one["name"] not in trained]
+            runs = [one["name"] for one in known if one["name"] in trained]
             parts.append(f"### [{paper.short}]({paper.slug}/README.md): {paper.title}\n\n{paper.venue}, "
                          f"[arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})\n")  # fmt: skip
             if record:
                 words = claim_words(root, paper.slug).get("claim", record["claim"])
-                measured = f"{words}: {verdict(record)} relations held. Runs: {_names(sorted(trained)) or 'none'}."
+                measured = f"{words}: {verdict(record)} relations held. Runs: {_names(runs) or 'none'}."
             else:
                 measured = "nothing yet."
             fake = _names(one["name"] for one in rest if not one["small"]) or "none"

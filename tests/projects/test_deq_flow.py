@@ -17,7 +17,7 @@ from common.deq.solve import solve
 from common.deq.solvers import Picard
 from common.errors import UserError
 from common.runtime.training.module import evaluating
-from projects.deq_flow import cost, video, warm
+from projects.deq_flow import video, warm
 from projects.deq_flow.losses import flow_loss
 from projects.deq_flow.module import DeqFlow
 from projects.deq_flow.raft.network import FlowEquilibrium, grid
@@ -356,32 +356,6 @@ def test_sequences_are_splits(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cost
-
-
-def test_variants_of_the_cost_have_the_states_they_say():
-    states = {"one_step": 1, "deq": 6, "deq_kept": 6, "deq_3_steps": 2, "unroll_12": 12, "unroll_36": 36}
-    assert set(states) == set(cost.VARIANTS)
-    for variant, count in states.items():
-        net = cost.build(variant, **SIZES).train()
-        assert len(net.outputs(*torch.rand(2, 1, 3, 32, 48))) == count
-        steps = net.deq.solution.calls
-        assert steps == {"one_step": 1, "unroll_12": 12}.get(variant, 36)
-        cost.training_step(net, 32, 48)()
-        assert all(p.grad is not None for p in net.parameters())
-
-
-def test_cost_reports_memory_net_of_one_step(monkeypatch):
-    sizes = dict(zip(cost.VARIANTS, (100.0, 150.0, 180.0, 160.0, 300.0, 700.0)))
-    answers = {**sizes, "time": {"deq": 1.0, "unroll_12": 2.0, "unroll_36": 6.0}}
-    asked = []
-    monkeypatch.setattr(cost, "ask", lambda what, *rest: asked.append(rest) or answers[what])
-    task = cost.FlowCost(
-        net=network(), correction=None, height=64, width=96, rounds=2, measured={"levels": 2}, **OPTIONS
-    )
-    found = {name: value for name, (value, _) in task.evaluation_step({}).items()}
-    assert found["deq_mib"] == 150 and found["deq_net_mib"] == 50 and found["unroll_36_net_mib"] == 600
-    assert found["unroll_36_step_s"] == 6 and "one_step_net_mib" not in found
-    assert asked[0][:6] == ("--height", "64", "--width", "96", "--rounds", "2")
 
 
 def test_the_claim_is_well_formed():

@@ -41,8 +41,13 @@ class Runs:
         self.values = values or {"edm_toy": 300.0, "ect_toy": 4.0}
         self.status = 0
 
-    def __call__(self, arguments) -> int:
+    def __call__(self, arguments, module) -> int:
         self.calls.append(list(arguments))
+        if module == "tools.bench":
+            name, _, folder = arguments[:3]
+            metrics = {"deq_mib": {"value": 100.0 + len(self.calls)}}
+            write_json(Path(folder) / f"{name}.json", {"metrics": metrics, "wall_time_s": 1.0, "hardware": "box"})
+            return self.status
         given = dict(text.partition("=")[::2] for text in arguments)
         folder = Path(given["run.dir"].strip("'"))
         value = self.values[given["+experiment"]] + int(given["seed"])
@@ -219,3 +224,29 @@ def test_a_relation_holds_only_if_every_seed_holds(pairs, op, factor):
 @pytest.mark.parametrize("slug", tool.claim_slugs(ROOT / "conf"))
 def test_every_declared_claim_is_well_formed(slug):
     assert tool.load_claim(slug, ROOT / "conf")["claim"]
+
+
+def test_a_benchmark_is_a_run_of_a_claim(root, capsys):
+    """It is made once per seed, its metrics are measured beside those of runs, and it is reused like a run."""
+    declared = {
+        **DECLARED,
+        "runs": {**DECLARED["runs"], "cost": {"benchmark": "flow_memory", "options": ["--repeats", 2]}},
+        "measures": {**DECLARED["measures"], "memory": {"run": "cost", "metric": "deq_mib"}},
+    }
+    declare(root, declared)
+    runs = Runs()
+    record = once(root, runs)
+    place = (root / "outputs/claims/ect/seed1/cost").resolve()
+    assert runs.calls[2] == ["flow_memory", "--out", str(place), "--repeats", "2"]
+    assert "python -m tools.bench flow_memory --out" in capsys.readouterr().out
+    assert record["measures"]["memory"]["per_seed"] == {"1": 103.0, "2": 106.0}
+    assert record["runs"]["cost"] == {"benchmark": "flow_memory", "options": ["--repeats", "2"], "steps": None}
+    assert once(root, Runs())["measures"]["memory"] == record["measures"]["memory"]
+
+
+def test_an_unknown_benchmark_is_named(root):
+    declare(root, {**DECLARED, "runs": {**DECLARED["runs"], "cost": {"benchmark": "flow_memry"}}})
+    with pytest.raises(
+        UserError, match=r"runs\.cost\.benchmark: 'flow_memry' is not a benchmark\. Closest: flow_memory"
+    ):
+        tool.load_claim("ect", root / "conf")

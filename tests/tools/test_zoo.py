@@ -18,7 +18,7 @@ RECORD = {
     "seeds": [1, 2],
     "hardware": "box, 2 cores",
     "wall_time_s": 120.0,
-    "runs": {"tuned": {"experiment": "ect_small"}, "cost": {"benchmark": "flow_memory"}},
+    "runs": {"tuned": {"experiment": "edm_cpu"}, "cost": {"benchmark": "flow_memory"}},
     "measures": {
         "a": {
             "run": "tuned",
@@ -122,7 +122,7 @@ def test_the_publication_list_says_what_was_measured_and_what_not(root):
     zoo.main([], root)
     text = (root / "projects/README.md").read_text()
     assert "### [ECT](ect/README.md): tuning: a story" in text and "https://arxiv.org/abs/2406.14548" in text
-    assert "- **Measured here**: Tuning wins in plain words.: 0 of 1 relations held. Runs: `ect_small`." in text
+    assert "- **Measured here**: Tuning wins in plain words.: 0 of 1 relations held. Runs: `edm_cpu`." in text
     assert "- **Fake-run only**: `ect_toy`.\n- **Not covered**:\n  - Any GPU.\n  - Large\n    sets.\n" in text
     assert "- **Measured here**: nothing yet." in text
     assert "- **Small, outside the claim**: `edm_cpu`, `edm_cpu_too`.\n- **Fake-run only**: `edm_toy`." in text
