@@ -62,7 +62,7 @@ def cases(options: argparse.Namespace) -> list[str]:
 
 
 def make(variant: str, options: argparse.Namespace) -> Callable[[str, int], dict]:
-    # PyTorch imports 145 MiB of code with the first recomputed step. One small step beforehand keeps it out of the peak.
+    # PyTorch imports 145 MiB of code with the first recomputed step. One small step first keeps them out of the peak.
     training_step(build(variant, levels=2, **flow.TINY).to(options.device), 32, 48)()
     work: list[Callable[[], None]] = []
 
