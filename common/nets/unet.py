@@ -5,65 +5,20 @@ names are those of the official release, so its weights load by name.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import silu
 
-from common.nets.dropout import check_probability, draw_masks, feed_masks, unet_layers
-from common.nets.inputs import check_choice, check_inputs, check_label_dims, check_positive, check_pyramid
+from common.nets.inputs import check_choice, check_inputs, check_positive, check_pyramid
 from common.nets.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock
+from common.nets.unet_base import UNetBase
 
-
-class UNetBase(nn.Module):
-    """What both U-Nets share: the sizes others read, and dropout masks. Subclasses fill `enc` and `dec`."""
-
-    def __init__(
-        self,
-        *,
-        img_resolution: int,
-        in_channels: int,
-        out_channels: int,
-        label_dim: int,
-        augment_dim: int,
-        label_dropout: float,
-        dropout: float,
-    ):
-        super().__init__()
-        check_positive(img_resolution=img_resolution, in_channels=in_channels, out_channels=out_channels)
-        check_probability("dropout", dropout)
-        check_label_dims(label_dim=label_dim, augment_dim=augment_dim)
-        self.img_resolution = img_resolution
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.label_dim = label_dim
-        self.augment_dim = augment_dim
-        self.label_dropout = check_probability("label_dropout", label_dropout) if label_dim else 0
-
-    def _dropout_layers(self) -> list[tuple[float, tuple[int, ...]]]:
-        # The label dropout comes first: it too must agree between two passes.
-        return [(self.label_dropout, (1,))] * bool(self.label_dropout) + unet_layers(self)
-
-    def draw_dropout(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        """Bool keep-masks for one training pass over x (B, C, H, W), one row per sample; () when nothing drops."""
-        first = self.enc[f"{self.img_resolution}x{self.img_resolution}_conv"].weight
-        return draw_masks(self._dropout_layers(), x, first, generator)
-
-    def _feed(self, masks: Sequence[Tensor] | None, batch: int):
-        return feed_masks(masks, len(self._dropout_layers()), batch) if self.training else None
-
-    def _drop_labels(self, labels: Tensor, masks, batch: int) -> Tensor:
-        """Zero the class of a random fraction label_dropout of the samples, in training."""
-        if not self.training or not self.label_dropout:
-            return labels
-        if masks is not None:
-            return labels * next(masks).to(labels.dtype)
-        keep = torch.rand([batch, 1], device=labels.device) >= self.label_dropout
-        return labels * keep.to(labels.dtype)
-
-    def _block(self, layer: UNetBlock, x: Tensor, emb: Tensor, masks) -> Tensor:
-        return layer(x, emb, next(masks) if masks is not None and layer.dropout else None)
+# How SongUNet starts: its inner layers, and those that end a residual branch or the network.
+INIT = dict(init_mode="xavier_uniform")
+INIT_LAST = dict(init_mode="xavier_uniform", init_weight=1e-5)
 
 
 class SongUNet(UNetBase):
@@ -122,94 +77,86 @@ class SongUNet(UNetBase):
         check_positive(model_channels=model_channels, num_blocks=num_blocks, num_times=num_times)
         check_pyramid(img_resolution, channel_mult, attn_resolutions)
         self.num_times = num_times
-        noise_channels = model_channels * channel_mult_noise
-        times_channels = noise_channels * num_times
         emb_channels = model_channels * channel_mult_emb
-        init = dict(init_mode="xavier_uniform")
-        init_zero = dict(init_mode="xavier_uniform", init_weight=1e-5)
-        init_attn = dict(init_mode="xavier_uniform", init_weight=math.sqrt(0.2))
         resample = dict(resample_filter=resample_filter)
+        block = partial(
+            UNetBlock,
+            emb_channels=emb_channels,
+            num_heads=1,
+            dropout=dropout,
+            skip_scale=math.sqrt(0.5),
+            eps=1e-6,
+            resample_proj=True,
+            adaptive_scale=False,
+            init=INIT,
+            init_zero=INIT_LAST,
+            init_attn=dict(init_mode="xavier_uniform", init_weight=math.sqrt(0.2)),
+            **resample,
+        )
+        # The order of construction is that of the random draws, see `common.nets.layers`.
+        self._build_embedding(embedding_type, model_channels * channel_mult_noise, emb_channels, fourier_scale)
+        stem = Conv2d(in_channels=in_channels, out_channels=model_channels, kernel=3, **INIT)
+        levels = dict(num_blocks=num_blocks, attention=attn_resolutions)
+        widths = [model_channels * mult for mult in channel_mult]
+        skips = self._build_encoder(
+            block, widths, stem=stem, image_input=self._image_input(encoder_type, resample), **levels
+        )
+        self._build_decoder(
+            block, widths, skips=skips, attend_in_last=True, image_output=self._image_output(decoder_type, resample),
+            **levels,
+        )  # fmt: skip
 
-        def block(cin: int, cout: int, **options) -> UNetBlock:
-            return UNetBlock(
-                in_channels=cin,
-                out_channels=cout,
-                emb_channels=emb_channels,
-                num_heads=1,
-                dropout=dropout,
-                skip_scale=math.sqrt(0.5),
-                eps=1e-6,
-                resample_proj=True,
-                adaptive_scale=False,
-                init=init,
-                init_zero=init_zero,
-                init_attn=init_attn,
-                **resample,
-                **options,
-            )
-
-        # Noise level, class and augmentation labels -> embedding.
-        if embedding_type == "positional":
+    def _build_embedding(self, kind: str, noise_channels: int, emb_channels: int, fourier_scale: float) -> None:
+        """Noise labels, class and augmentation labels -> embedding (B, emb_channels)."""
+        times_channels = noise_channels * self.num_times
+        if kind == "positional":
             self.map_noise = PositionalEmbedding(num_channels=noise_channels, endpoint=True)
         else:
             self.map_noise = FourierEmbedding(num_channels=noise_channels, scale=fourier_scale)
         self.map_label = self.map_augment = None
-        if label_dim:
-            self.map_label = Linear(in_features=label_dim, out_features=times_channels, **init)
-        if augment_dim:
-            self.map_augment = Linear(in_features=augment_dim, out_features=times_channels, bias=False, **init)
-        self.map_layer0 = Linear(in_features=times_channels, out_features=emb_channels, **init)
-        self.map_layer1 = Linear(in_features=emb_channels, out_features=emb_channels, **init)
+        if self.label_dim:
+            self.map_label = Linear(in_features=self.label_dim, out_features=times_channels, **INIT)
+        if self.augment_dim:
+            self.map_augment = Linear(in_features=self.augment_dim, out_features=times_channels, bias=False, **INIT)
+        self.map_layer0 = Linear(in_features=times_channels, out_features=emb_channels, **INIT)
+        self.map_layer1 = Linear(in_features=emb_channels, out_features=emb_channels, **INIT)
 
-        # Encoder: `width` is the running channel count, `side` that of the image pyramid beside it.
-        self.enc = nn.ModuleDict()
-        width, side, skips = model_channels, in_channels, [model_channels]
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            tag = f"{res}x{res}"
-            if level == 0:
-                self.enc[f"{tag}_conv"] = Conv2d(in_channels=in_channels, out_channels=width, kernel=3, **init)
-            else:
-                self.enc[f"{tag}_down"] = block(width, width, down=True)
-                skips.append(width)
-                if encoder_type == "skip":
-                    pool = Conv2d(in_channels=side, out_channels=side, kernel=0, down=True, **resample)
-                    self.enc[f"{tag}_aux_down"] = pool
-                    self.enc[f"{tag}_aux_skip"] = Conv2d(in_channels=side, out_channels=width, kernel=1, **init)
-                elif encoder_type == "residual":
-                    pool = dict(down=True, fused_resample=True, **resample)
-                    self.enc[f"{tag}_aux_residual"] = Conv2d(
-                        in_channels=side, out_channels=width, kernel=3, **pool, **init
-                    )
-                    side = width
-            for idx in range(num_blocks):
-                self.enc[f"{tag}_block{idx}"] = block(width, model_channels * mult, attention=res in attn_resolutions)
-                width = model_channels * mult
-                skips.append(width)
+    def _image_input(self, encoder_type: str, resample: dict) -> Callable[[str, int], None] | None:
+        """What adds the layers of an image pyramid beside the encoder: none for "standard"."""
+        if encoder_type == "standard":
+            return None
+        side = self.in_channels  # channels of the pyramid at the level above
 
-        # Decoder: every block takes one skip connection.
-        self.dec = nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            tag = f"{res}x{res}"
-            lowest = level == len(channel_mult) - 1
-            if lowest:
-                self.dec[f"{tag}_in0"] = block(width, width, attention=True)
-                self.dec[f"{tag}_in1"] = block(width, width)
-            else:
-                self.dec[f"{tag}_up"] = block(width, width, up=True)
-            for idx in range(num_blocks + 1):
-                attends = idx == num_blocks and res in attn_resolutions
-                self.dec[f"{tag}_block{idx}"] = block(width + skips.pop(), model_channels * mult, attention=attends)
-                width = model_channels * mult
-            if decoder_type == "skip" and not lowest:
-                grow = Conv2d(in_channels=out_channels, out_channels=out_channels, kernel=0, up=True, **resample)
-                self.dec[f"{tag}_aux_up"] = grow
-            if decoder_type == "skip" or level == 0:
-                self.dec[f"{tag}_aux_norm"] = GroupNorm(num_channels=width, eps=1e-6)
-                self.dec[f"{tag}_aux_conv"] = Conv2d(
-                    in_channels=width, out_channels=out_channels, kernel=3, **init_zero
+        def add(name: str, width: int) -> None:
+            nonlocal side
+            if encoder_type == "skip":
+                self.enc[f"{name}_aux_down"] = Conv2d(
+                    in_channels=side, out_channels=side, kernel=0, down=True, **resample
                 )
+                self.enc[f"{name}_aux_skip"] = Conv2d(in_channels=side, out_channels=width, kernel=1, **INIT)
+            else:
+                self.enc[f"{name}_aux_residual"] = Conv2d(
+                    in_channels=side, out_channels=width, kernel=3, down=True, fused_resample=True, **resample, **INIT
+                )
+                side = width
+
+        return add
+
+    def _image_output(self, decoder_type: str, resample: dict) -> Callable[[str, int], None]:
+        """What adds the layers that read the image: at the last level, or ("skip") at every level, summed."""
+        full = f"{self.img_resolution}x{self.img_resolution}"
+        channels = self.out_channels
+
+        def add(name: str, width: int) -> None:
+            if decoder_type == "skip" and f"{name}_up" in self.dec:
+                self.dec[f"{name}_aux_up"] = Conv2d(
+                    in_channels=channels, out_channels=channels, kernel=0, up=True, **resample
+                )
+            if decoder_type == "skip" or name == full:
+                self.dec[f"{name}_aux_norm"] = GroupNorm(num_channels=width, eps=1e-6)
+                self.dec[f"{name}_aux_conv"] = Conv2d(in_channels=width, out_channels=channels, kernel=3, **INIT_LAST)
+
+        return add
 
     def forward(
         self,
@@ -307,16 +254,7 @@ class DhariwalUNet(UNetBase):
         init = dict(init_mode="kaiming_uniform", init_weight=third, init_bias=third)
         init_zero = dict(init_mode="kaiming_uniform", init_weight=0, init_bias=0)
 
-        def block(cin: int, cout: int, **options) -> UNetBlock:
-            return UNetBlock(
-                in_channels=cin,
-                out_channels=cout,
-                emb_channels=emb_channels,
-                dropout=dropout,
-                init=init,
-                init_zero=init_zero,
-                **options,
-            )
+        block = partial(UNetBlock, emb_channels=emb_channels, dropout=dropout, init=init, init_zero=init_zero)
 
         self.map_noise = PositionalEmbedding(num_channels=model_channels)
         self.map_augment = self.map_label = None
@@ -328,36 +266,13 @@ class DhariwalUNet(UNetBase):
             one_hot = dict(init_mode="kaiming_normal", init_weight=math.sqrt(label_dim))
             self.map_label = Linear(in_features=label_dim, out_features=emb_channels, bias=False, **one_hot)
 
-        self.enc = nn.ModuleDict()
-        width = model_channels * channel_mult[0]
-        skips = [width]
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            tag = f"{res}x{res}"
-            if level == 0:
-                self.enc[f"{tag}_conv"] = Conv2d(in_channels=in_channels, out_channels=width, kernel=3, **init)
-            else:
-                self.enc[f"{tag}_down"] = block(width, width, down=True)
-                skips.append(width)
-            for idx in range(num_blocks):
-                self.enc[f"{tag}_block{idx}"] = block(width, model_channels * mult, attention=res in attn_resolutions)
-                width = model_channels * mult
-                skips.append(width)
-
-        self.dec = nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            tag = f"{res}x{res}"
-            if level == len(channel_mult) - 1:
-                self.dec[f"{tag}_in0"] = block(width, width, attention=True)
-                self.dec[f"{tag}_in1"] = block(width, width)
-            else:
-                self.dec[f"{tag}_up"] = block(width, width, up=True)
-            for idx in range(num_blocks + 1):
-                cin, width = width + skips.pop(), model_channels * mult
-                self.dec[f"{tag}_block{idx}"] = block(cin, width, attention=res in attn_resolutions)
-        self.out_norm = GroupNorm(num_channels=width)
-        self.out_conv = Conv2d(in_channels=width, out_channels=out_channels, kernel=3, **init_zero)
+        widths = [model_channels * mult for mult in channel_mult]
+        stem = Conv2d(in_channels=in_channels, out_channels=widths[0], kernel=3, **init)
+        levels = dict(num_blocks=num_blocks, attention=attn_resolutions)
+        skips = self._build_encoder(block, widths, stem=stem, **levels)
+        self._build_decoder(block, widths, skips=skips, attend_in_last=False, **levels)
+        self.out_norm = GroupNorm(num_channels=widths[0])
+        self.out_conv = Conv2d(in_channels=widths[0], out_channels=out_channels, kernel=3, **init_zero)
 
     def forward(
         self,
