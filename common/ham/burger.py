@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import UserError, nearest
+from common import limits
+from common.errors import UserError
 from common.ham.decompose import NMF, Decomposition
 from common.ham.ham import Ham
 
@@ -105,17 +106,15 @@ class Hamburger(nn.Module):
 
 
 def _check(version: str, dual: bool, cheese_factor: int, channels: int) -> None:
-    if version not in VERSIONS:
-        raise UserError(
-            f"hamburger.version must be one of {', '.join(VERSIONS)}, got {version!r}. "
-            f"{nearest(str(version), VERSIONS)}"
-        )
+    limits.choice("hamburger.version", version, VERSIONS)
     if version != "v2plus" and dual:
         raise UserError(f"hamburger.dual exists in v2plus alone, the version is {version}. Set version=v2plus.")
     if version != "v2plus" and cheese_factor != 1:
         raise UserError(f"hamburger.cheese_factor exists in v2plus alone, the version is {version}. Set it to 1.")
-    if cheese_factor < 1 or channels % cheese_factor:
-        raise UserError(f"hamburger.cheese_factor must divide channels={channels}, got {cheese_factor}.")
+    limits.whole("hamburger.cheese_factor", cheese_factor, least=1)
+    limits.multiple_of(
+        "hamburger.channels", channels, cheese_factor, "cheese_factor", hint="Set it to a divisor."
+    )
 
 
 def _conv(inside: int, outside: int, bias: bool = False) -> nn.Conv2d:
@@ -126,11 +125,11 @@ def _conv(inside: int, outside: int, bias: bool = False) -> nn.Conv2d:
 
 
 def _norm(kind: str, channels: int, momentum: float, groups: int) -> nn.Module | None:
-    if kind not in NORMS:
-        raise UserError(f"hamburger.norm must be one of {', '.join(NORMS)}, got {kind!r}. {nearest(str(kind), NORMS)}")
+    limits.choice("hamburger.norm", kind, NORMS)
     if kind == "gn":
-        if channels % groups:
-            raise UserError(f"hamburger.norm_groups={groups} does not divide {channels} channels.")
+        limits.multiple_of(
+            "hamburger.channels", channels, groups, "norm_groups", hint="Set them to a divisor."
+        )
         return nn.GroupNorm(groups, channels)
     if kind == "none":
         return nn.Identity()

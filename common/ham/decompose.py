@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import limits
 from common.deq.grads import Gradient, Implicit, Neumann
 from common.errors import UserError, nearest
 from common.tensors import only_shapes
@@ -58,13 +59,10 @@ class Decomposition(ABC):
     keeps_codes: ClassVar[bool] = False  # a step starts from the codes, too, not from the dictionary alone
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise UserError(f"ham.rank must be >= 1, got {self.rank}. The paper uses 64.")
+        limits.whole("ham.rank", self.rank, least=1, hint="The paper uses 64.")
         for name in ("steps", "eval_steps"):
-            if getattr(self, name) < 0:
-                raise UserError(f"ham.{name} must be >= 0, got {getattr(self, name)}. The paper uses 6.")
-        if not self.inv_t > 0:
-            raise UserError(f"ham.inv_t must be > 0, got {self.inv_t}. The paper uses 1 for NMF, 100 for VQ and CD.")
+            limits.whole(f"ham.{name}", getattr(self, name), hint="The paper uses 6.")
+        limits.number("ham.inv_t", self.inv_t, above=0, hint="The paper uses 1 for NMF, 100 for VQ and CD.")
         self._rule()
 
     def _rule(self) -> Gradient | None:
@@ -183,10 +181,8 @@ class NMF(Decomposition):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.negative not in NEGATIVE:
-            raise UserError(f"ham.negative must be one of {', '.join(NEGATIVE)}, got {self.negative!r}.")
-        if not self.eps > 0:
-            raise UserError(f"ham.eps must be > 0, got {self.eps}. The paper uses 1e-6.")
+        limits.choice("ham.negative", self.negative, NEGATIVE)
+        limits.number("ham.eps", self.eps, above=0, hint="The paper uses 1e-6.")
 
     def admit(self, x: Tensor) -> Tensor:
         if self.negative == "clamp":
@@ -324,8 +320,7 @@ class CD(Decomposition):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.beta > 0:
-            raise UserError(f"ham.beta must be > 0, got {self.beta}: with more atoms than channels D^T D is singular.")
+        limits.number("ham.beta", self.beta, above=0, hint="With more atoms than channels D^T D alone is singular.")
 
     def step(self, x, bases, codes):
         return self._step(x, bases, self._scale(x))

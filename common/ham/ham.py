@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import limits
 from common.deq.structure import without_autocast
-from common.errors import UserError, nearest
+from common.errors import UserError
 from common.ham.decompose import NMF, Decomposition
 from common.tensors import is_channels_last
 
@@ -46,14 +47,10 @@ class Ham(nn.Module):
     ):
         super().__init__()
         self.decomposition = NMF() if decomposition is None else decomposition
-        if channels < 1 or groups < 1 or channels % groups:
-            raise UserError(
-                f"ham.groups must divide the number of channels, got {groups} groups of {channels} channels."
-            )
-        if bases not in BASES:
-            raise UserError(f"ham.bases must be one of {', '.join(BASES)}, got {bases!r}. {nearest(str(bases), BASES)}")
-        if not 0 <= eta <= 1:
-            raise UserError(f"ham.eta must lie in [0, 1], got {eta}. The paper uses 0.9.")
+        limits.whole("ham.groups", groups, least=1)
+        limits.multiple_of("ham.channels", channels, groups, "ham.groups", hint="Set ham.groups to a divisor.")
+        limits.choice("ham.bases", bases, BASES)
+        limits.number("ham.eta", eta, least=0, most=1, hint="The paper uses 0.9.")
         self.channels, self.groups, self.spatial, self.start = channels, groups, spatial, bases
         self.pixels, self.eta, self.eval_seed = pixels, eta, eval_seed
         self.found: Tensor | None = None  # (S, d, r), mean dictionary of the last call, kept for `update_bases`

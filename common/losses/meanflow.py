@@ -116,11 +116,7 @@ class MeanFlowLoss:
     def __post_init__(self):
         _check_weight(self)
         limits.number("omega", self.omega)
-        limits.number("kappa", self.kappa, least=0)
-        if self.kappa >= 1:
-            raise UserError(
-                f"kappa must be below 1: the scale is omega / (1 - kappa), got {self.kappa}. Set kappa=0.5."
-            )
+        limits.number("kappa", self.kappa, least=0, below=1, hint="The scale is omega / (1 - kappa). Set kappa=0.5.")
         limits.number("start", self.start, least=0, most=1)
         limits.number("end", self.end, least=self.start, most=1)
         for name in ("tangent_v", "tangent_t", "tangent_r"):

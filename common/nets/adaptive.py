@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear, log_softmax
 
+from common import limits
 from common.errors import UserError
-from common.nets.inputs import check_positive
 from common.tensors import only_shapes
 
 # Under planning (fake tensors) no target is known: a sixteenth of the tokens is taken to fall in each tail cluster.
@@ -47,7 +47,7 @@ class AdaptiveVocabulary(nn.Module):
     ):
         super().__init__()
         embed_width = width if embed_width is None else embed_width
-        check_positive(vocabulary=vocabulary, width=width, divide=divide, embed_width=embed_width)
+        limits.positive(vocabulary=vocabulary, width=width, divide=divide, embed_width=embed_width)
         ends = [0, *cutoffs, vocabulary]
         if any(later <= earlier for earlier, later in pairwise(ends)):
             raise UserError(

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import limits
 from common.deq.layer import DEQ
 from common.errors import UserError
-from common.nets.inputs import check_positive
 
 
 class ConvDEQ(nn.Module):
@@ -41,12 +41,10 @@ class ConvDEQ(nn.Module):
         norm: Callable[[nn.Module], object] | None = None,
     ):
         super().__init__()
-        check_positive(img_channels=img_channels, img_resolution=img_resolution, num_classes=num_classes,
+        limits.positive(img_channels=img_channels, img_resolution=img_resolution, num_classes=num_classes,
                        channels=channels, expansion=expansion, groups=groups, pool=pool)  # fmt: skip
-        if channels % groups:
-            raise UserError(f"channels must be a multiple of groups = {groups}, got {channels}. Change one of them.")
-        if img_resolution % pool:
-            raise UserError(f"img_resolution must be a multiple of pool = {pool}, got {img_resolution}. Set pool to 1.")
+        limits.multiple_of("channels", channels, groups, "groups")
+        limits.multiple_of("img_resolution", img_resolution, pool, "pool", hint="Set pool=1.")
         self.img_channels = img_channels
         self.img_resolution = img_resolution
         self.num_classes = num_classes

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad, relu
 
+from common import limits
 from common.deq.dropout import VariationalDropout, VariationalDropout1d, VariationalDropToken1d, VariationalMask
-from common.errors import UserError
 from common.nets.adaptive import AdaptiveVocabulary
-from common.nets.inputs import check_choice, check_positive
 
 
 class Memory(NamedTuple):
@@ -212,13 +211,12 @@ class DEQTransformer(nn.Module):
         std: float = 0.01,
     ):
         super().__init__()
-        check_positive(width=width, blocks=blocks, heads=heads, head_width=head_width, inner=inner)
-        check_choice("norm_order", norm_order, ("pre", "post"))
-        if width % 2:
-            raise UserError(f"width must be even, half sines and half cosines, got {width}. Set width={width + 1}.")
+        limits.positive(width=width, blocks=blocks, heads=heads, head_width=head_width, inner=inner)
+        limits.choice("norm_order", norm_order, ("pre", "post"))
+        limits.multiple_of("width", width, 2, "half sines, half cosines")
         for field, length in (("memory", memory), ("eval_memory", eval_memory)):
-            if length is not None and length < 0:
-                raise UserError(f"{field} must be >= 0 positions, got {length}. Set {field}=0 for none.")
+            if length is not None:
+                limits.whole(field, length, hint=f"Set {field}=0 for no memory.")
         self.width, self.heads, self.head_width = width, heads, head_width
         self.memory_length = memory
         self.eval_memory_length = memory if eval_memory is None else eval_memory

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import silu
 
+from common import limits
 from common.errors import UserError
 from common.nets.attention import token_attention
-from common.nets.inputs import check_choice
 from common.nets.transformer import (
     ImageTransformer,
     LabelEmbedding,
@@ -77,8 +77,7 @@ class DiT(ImageTransformer):
         self.times = check_times(times)
         self.time_scale = time_scale
         self.recompute = recompute
-        if width % 4:
-            raise UserError(f"width must be a multiple of 4 for the 2-D positions, got {width}. Round it up.")
+        limits.multiple_of("width", width, 4, "sines and cosines of two coordinates")
         self.x_embedder = PatchEmbedding(in_channels=in_channels, patch_size=patch_size, width=width)
         for time in self.times:
             self.add_module(TIMES[time], ScalarEmbedding(width=width, std=0.02))
@@ -118,7 +117,7 @@ def check_times(times: Sequence[str]) -> tuple[str, ...]:
     """`times` as a tuple. Raises UserError unless it names some of t, r, t-r, each once."""
     times = tuple(times)
     for time in times:
-        check_choice("times", time, tuple(TIMES))
+        limits.choice("times", time, tuple(TIMES))
     if not times or len(set(times)) < len(times):
         raise UserError(f"times must name t, r or t-r, each once, got {list(times)}. Set times to e.g. [t, t-r].")
     return times

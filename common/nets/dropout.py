@@ -80,10 +80,3 @@ def feed_masks(masks: Sequence[Tensor] | None, count: int, batch: int) -> Iterat
                 "Select the same rows: tuple(m[rows] for m in masks)."
             )
     return iter(masks)
-
-
-def check_probability(name: str, p: float) -> float:
-    """`p` if 0 <= p < 1, else UserError naming the field."""
-    if not 0 <= p < 1:
-        raise UserError(f"{name} must be at least 0 and below 1, got {p}. Set {name} to a probability such as 0.1.")
-    return p

@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from common import limits
 from common.nets.attention import attention
-from common.nets.dropout import check_probability, draw_masks, dropout, feed_masks, unet_layers
+from common.nets.dropout import draw_masks, dropout, feed_masks, unet_layers
 from common.nets.inputs import (
     attention_heads,
-    check_choice,
     check_inputs,
     check_label_dims,
-    check_positive,
     check_pyramid,
 )
 
@@ -148,8 +147,8 @@ class Block(nn.Module):
         clip_act: float | None = 256,
     ):
         super().__init__()
-        check_choice("flavor", flavor, ("enc", "dec"))
-        check_choice("resample_mode", resample_mode, ("keep", "up", "down"))
+        limits.choice("flavor", flavor, ("enc", "dec"))
+        limits.choice("resample_mode", resample_mode, ("keep", "up", "down"))
         self.out_channels = out_channels
         self.flavor = flavor
         self.resample_mode = resample_mode
@@ -233,10 +232,10 @@ class EDM2UNet(nn.Module):
         clip_act: float | None = 256,
     ):
         super().__init__()
-        check_positive(img_resolution=img_resolution, img_channels=img_channels, num_blocks=num_blocks)
-        check_positive(model_channels=model_channels)
+        limits.positive(img_resolution=img_resolution, img_channels=img_channels, num_blocks=num_blocks)
+        limits.positive(model_channels=model_channels)
         check_pyramid(img_resolution, channel_mult, attn_resolutions)
-        check_probability("dropout", dropout)
+        limits.probability("dropout", dropout)
         check_label_dims(label_dim=label_dim)
         self.img_resolution = img_resolution
         self.in_channels = self.out_channels = img_channels

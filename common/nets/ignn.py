@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common import limits
 from common.deq.layer import DEQ
 from common.deq.layers import apply_norm
-from common.errors import UserError, nearest
+from common.errors import UserError
 
 NORMS = ("none", "weight", "spectral")
 STARTS = ("input", "zeros")
@@ -132,10 +133,10 @@ class ImplicitLayer(nn.Module):
         projection: str,
     ):
         super().__init__()
-        if kappa is not None and not 0 < kappa < 1:
-            raise UserError(f"project.net.kappa must lie in (0, 1), got {kappa}. Set project.net.kappa=0.95.")
-        _check_word("project.net.norm", norm, NORMS)
-        _check_word("project.net.projection", projection, PROJECTIONS)
+        if kappa is not None:
+            limits.number("project.net.kappa", kappa, above=0, below=1, hint="Set project.net.kappa=0.95.")
+        limits.choice("project.net.norm", norm, NORMS)
+        limits.choice("project.net.projection", projection, PROJECTIONS)
         if projection == "parameter" and norm != "none":
             raise UserError(
                 f"project.net.projection=parameter moves W itself, which norm={norm} recomputes from other parameters. "
@@ -193,12 +194,9 @@ class ImplicitGraphNetwork(nn.Module, ABC):
         self_term: bool, norm: str, clip: float | None, projection: str,
     ):  # fmt: skip
         super().__init__()
-        _check_word("project.net.start", start, STARTS)
+        limits.choice("project.net.start", start, STARTS)
         for field, value in (("in_features", in_features), ("classes", classes), ("hidden", widths[0])):
-            if value < 1:
-                raise UserError(
-                    f"project.net.{field} must be >= 1, got {value}. Set project.net.{field} to a positive one."
-                )
+            limits.whole(f"project.net.{field}", value, least=1)
         self.in_features = in_features
         self.classes = classes
         self.start = start
@@ -343,8 +341,7 @@ class IgnnGraph(ImplicitGraphNetwork):
         projection: str = "auto",
         start: str = "input",
     ):
-        if depth < 1:
-            raise UserError(f"project.net.depth must be >= 1, got {depth}. Set project.net.depth=3.")
+        limits.whole("project.net.depth", depth, least=1, hint="Set project.net.depth=3.")
         super().__init__(
             in_features, classes, (hidden,) * depth, deq=deq, start=start, kappa=kappa, self_term=self_term, norm=norm,
             clip=clip, projection=projection,
@@ -366,10 +363,3 @@ class IgnnGraph(ImplicitGraphNetwork):
     def outputs(self, x, incoming, outgoing, radius, owner, graphs: int = 1) -> list[Tensor]:
         pooled = self._pooled(x, incoming, outgoing, radius, owner, graphs)
         return [self.head(self.dropout(F.relu(self.hidden(p)))) for p in pooled]
-
-
-def _check_word(field: str, word: str, options: tuple[str, ...]) -> None:
-    if word not in options:
-        raise UserError(
-            f"{field} must be one of {', '.join(options)}, got {word!r}. {nearest(word, options)}Choose one of them."
-        )

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.errors import UserError, nearest
+from common import limits
+from common.errors import UserError
 
 
 def check_inputs(
@@ -49,24 +50,10 @@ def _check_labels(name: str, field: str, labels: Tensor | None, dim: int, batch:
         )
 
 
-def check_choice(name: str, value: str, options: Sequence[str]) -> None:
-    """UserError unless value is one of options."""
-    if value not in options:
-        raise UserError(f"{name} must be one of {', '.join(options)}, got {value!r}. {nearest(str(value), options)}")
-
-
-def check_positive(**fields: int) -> None:
-    """UserError unless every field is an integer of at least 1."""
-    for name, value in fields.items():
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{name} must be a whole number of at least 1, got {value!r}. Set {name} to 1 or more.")
-
-
 def check_label_dims(**fields: int) -> None:
     """UserError unless every field is an integer of at least 0 (0 = no such labels)."""
     for name, value in fields.items():
-        if not isinstance(value, int) or value < 0:
-            raise UserError(f"{name} must be 0 (no labels) or a whole number above, got {value!r}. Set {name} to 0.")
+        limits.whole(name, value, hint=f"Set {name}=0 for no labels.")
 
 
 def check_pyramid(img_resolution: int, channel_mult: Sequence[int], attn_resolutions: Sequence[int]) -> None:
@@ -76,14 +63,11 @@ def check_pyramid(img_resolution: int, channel_mult: Sequence[int], attn_resolut
     """
     if not channel_mult:
         raise UserError("channel_mult must name at least one level, got []. Set channel_mult to e.g. [1, 2, 2].")
-    if min(channel_mult) < 1:
-        raise UserError(f"channel_mult must hold numbers of at least 1, got {list(channel_mult)}. Raise the smallest.")
-    halvings = len(channel_mult) - 1
-    if img_resolution % 2**halvings or img_resolution < 2**halvings:
-        raise UserError(
-            f"img_resolution must be a multiple of {2**halvings} because channel_mult has {len(channel_mult)} levels, "
-            f"got {img_resolution}. Resize the images or shorten channel_mult."
-        )
+    limits.positive(**{f"channel_mult[{level}]": mult for level, mult in enumerate(channel_mult)})
+    limits.multiple_of(
+        "img_resolution", img_resolution, 2 ** (len(channel_mult) - 1), f"channel_mult has {len(channel_mult)} levels",
+        hint="Resize the images or shorten channel_mult.",
+    )  # fmt: skip
     levels = [img_resolution >> level for level in range(len(channel_mult))]
     for res in attn_resolutions:
         if res <= img_resolution and res not in levels:

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from common import limits
 from common.errors import UserError
 from common.nets.attention import attention, in_forward_mode
 from common.nets.dropout import dropout
-from common.nets.inputs import attention_heads, check_choice
+from common.nets.inputs import attention_heads
 from common.tensors import append_dims, only_shapes
 
 ONEDNN = torch.backends.mkldnn.is_available()
@@ -24,7 +25,7 @@ INIT_MODES = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_nor
 
 def initial(shape: Sequence[int], mode: str, fan_in: int, fan_out: int) -> Tensor:
     """A fresh float32 tensor, variance 2/(fan_in + fan_out) for xavier_*, 1/fan_in for kaiming_*."""
-    check_choice("init_mode", mode, INIT_MODES)
+    limits.choice("init_mode", mode, INIT_MODES)
     spread = 3 if mode.endswith("uniform") else 1  # a uniform variable on [-1, 1] has variance 1/3
     scale = math.sqrt(2 * spread / (fan_in + fan_out) if mode.startswith("xavier") else spread / fan_in)
     return scale * (torch.rand(*shape) * 2 - 1 if mode.endswith("uniform") else torch.randn(*shape))

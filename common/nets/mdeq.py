@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import limits
 from common.deq.dropout import VariationalDropout2d
 from common.deq.layer import DEQ
 from common.errors import UserError
-from common.nets.inputs import check_positive
 
 
 class MDEQ(nn.Module):
@@ -54,7 +54,7 @@ class MDEQ(nn.Module):
         norm: Callable[[nn.Module], object] | None = None,
     ):
         super().__init__()
-        check_positive(img_channels=img_channels, img_resolution=img_resolution, num_classes=num_classes,
+        limits.positive(img_channels=img_channels, img_resolution=img_resolution, num_classes=num_classes,
                        final_channels=final_channels, expansion=expansion)  # fmt: skip
         _check_scales(channels, head_channels, img_resolution, downsample, groups)
         self.img_channels = img_channels
@@ -315,23 +315,16 @@ def _check_scales(
             f"head_channels must hold one width per scale, got {len(head_channels)} for {len(channels)} scales of "
             "channels. Give both the same length."
         )
-    check_positive(**{f"channels[{i}]": c for i, c in enumerate(channels)})
-    check_positive(**{f"head_channels[{i}]": c for i, c in enumerate(head_channels)})
-    if downsample not in (0, 1, 2):
-        raise UserError(f"downsample must be 0, 1 or 2, got {downsample!r}. Set downsample to one of them.")
-    if not isinstance(groups, int) or groups < 2 or groups % 2:
-        raise UserError(f"groups must be an even whole number of at least 2, got {groups!r}. Set groups to e.g. 8.")
-    odd = [c for c in channels if c % groups]
-    if odd:
-        raise UserError(
-            f"channels must be multiples of groups = {groups}, got {odd[0]}. Change the width or the number of groups."
-        )
-    step = 2 ** (len(channels) - 1 + downsample)
-    if resolution % step:
-        raise UserError(
-            f"img_resolution must be a multiple of {step} for {len(channels)} scales and downsample={downsample}, "
-            f"got {resolution}. Resize the images or drop a scale."
-        )
+    limits.positive(**{f"channels[{i}]": c for i, c in enumerate(channels)})
+    limits.positive(**{f"head_channels[{i}]": c for i, c in enumerate(head_channels)})
+    limits.choice("downsample", downsample, (0, 1, 2))
+    limits.multiple_of("groups", groups, 2, hint="Set groups to e.g. 8.")
+    for index, width in enumerate(channels):
+        limits.multiple_of(f"channels[{index}]", width, groups, "groups")
+    limits.multiple_of(
+        "img_resolution", resolution, 2 ** (len(channels) - 1 + downsample),
+        f"{len(channels)} scales, downsample={downsample}", hint="Resize the images or drop a scale.",
+    )  # fmt: skip
 
 
 # Module names of the released code (Gsunshine/phantom_grad; locuslab/torchdeq, deq-zoo/mdeq) -> ours.

@@ -10,8 +10,8 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
+from common import limits
 from common.errors import UserError
-from common.nets.inputs import check_choice
 from common.nets.transformer import (
     GatedBlock,
     ImageTransformer,
@@ -72,8 +72,7 @@ class TwoHeadTransformer(ImageTransformer, ABC):
             label_dim=label_dim,
             head_multiple=head_multiple,
         )
-        if not 0 <= head_depth <= depth:
-            raise UserError(f"head_depth must lie in 0..{depth} (depth={depth}), got {head_depth}. Lower it.")
+        limits.whole("head_depth", head_depth, most=depth)
         self.recompute = recompute
         self.conditions = tuple(PREFIX)[0 if label_dim else 1 :]
         self.prefix_length = sum(PREFIX[name] for name in self.conditions)
@@ -126,7 +125,7 @@ class TwoHeadTransformer(ImageTransformer, ABC):
         heads         "u", "v" or "both"; the other head is not computed
         Raises UserError.
         """
-        check_choice("heads", heads, ("u", "v", "both"))
+        limits.choice("heads", heads, ("u", "v", "both"))
         tokens = self.trunk(z, t, r, class_labels, omega, t_min, t_max)
         if heads != "both":
             return self.head(heads, tokens, z, t)
@@ -235,8 +234,8 @@ class MiT(TwoHeadTransformer):
 
 def check_guidance(omega: Tensor | float, t_min: Tensor | float, t_max: Tensor | float) -> None:
     """UserError for numbers outside omega >= 1, 0 <= t_min <= t_max <= 1; tensors are taken as they are."""
-    if isinstance(omega, Real) and not omega >= 1:
-        raise UserError(f"omega must be at least 1 (1 = no guidance), got {omega}. Set omega to 1 or more.")
+    if isinstance(omega, Real):
+        limits.number("omega", omega, least=1, hint="Set omega=1 for no guidance.")
     low, high = (value if isinstance(value, Real) else None for value in (t_min, t_max))
     if any(value is not None and not 0 <= value <= 1 for value in (low, high)) or (
         low is not None and high is not None and low > high

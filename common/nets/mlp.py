@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from common.nets.dropout import check_probability, draw_masks, dropout, feed_masks
-from common.nets.inputs import check_inputs, check_label_dims, check_positive
+from common import limits
+from common.nets.dropout import draw_masks, dropout, feed_masks
+from common.nets.inputs import check_inputs, check_label_dims
 from common.nets.layers import FourierEmbedding, Linear
 
 INIT = dict(init_mode="kaiming_uniform", init_weight=math.sqrt(1 / 3), init_bias=math.sqrt(1 / 3))
@@ -56,15 +57,15 @@ class MLPDenoiser(nn.Module):
         num_times: int = 1,
     ):
         super().__init__()
-        check_positive(img_resolution=img_resolution, in_channels=in_channels, out_channels=out_channels)
-        check_positive(width=width, depth=depth, emb_channels=emb_channels, num_times=num_times)
+        limits.positive(img_resolution=img_resolution, in_channels=in_channels, out_channels=out_channels)
+        limits.positive(width=width, depth=depth, emb_channels=emb_channels, num_times=num_times)
         check_label_dims(label_dim=label_dim, augment_dim=augment_dim)
         self.img_resolution = img_resolution
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.label_dim = label_dim
         self.augment_dim = augment_dim
-        self.dropout = check_probability("dropout", dropout)
+        self.dropout = limits.probability("dropout", dropout)
         area = img_resolution**2
         self.map_noise = FourierEmbedding(num_channels=2 * ((emb_channels + 1) // 2), scale=fourier_scale)
         self.num_times = num_times

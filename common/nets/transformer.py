@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from common import limits
 from common.errors import UserError
 from common.nets.attention import in_forward_mode, token_attention
-from common.nets.inputs import check_label_dims, check_positive
+from common.nets.inputs import check_label_dims
 from common.tensors import known_to_host
 
 THETA = 10000.0  # longest wavelength / 2 pi of every sinusoid here
@@ -46,19 +47,16 @@ class ImageTransformer(nn.Module):
         head_multiple: int,
     ):
         super().__init__()
-        check_positive(img_resolution=img_resolution, in_channels=in_channels, patch_size=patch_size)
-        check_positive(width=width, depth=depth, num_heads=num_heads)
+        limits.positive(img_resolution=img_resolution, in_channels=in_channels, patch_size=patch_size)
+        limits.positive(width=width, depth=depth, num_heads=num_heads)
         check_label_dims(label_dim=label_dim)
-        if img_resolution % patch_size:
-            raise UserError(
-                f"img_resolution {img_resolution} cannot be cut into patches of {patch_size}. "
-                "Set patch_size to a divisor of img_resolution."
-            )
-        if width % (num_heads * head_multiple):
-            raise UserError(
-                f"width {width} cannot be cut into {num_heads} heads of a multiple of {head_multiple} channels. "
-                f"Set width to a multiple of {num_heads * head_multiple}."
-            )
+        limits.multiple_of(
+            "img_resolution", img_resolution, patch_size, "patch_size",
+            hint="Set patch_size to a divisor of img_resolution.",
+        )  # fmt: skip
+        limits.multiple_of(
+            "width", width, num_heads * head_multiple, f"{num_heads} heads of a multiple of {head_multiple} channels"
+        )
         self.img_resolution = img_resolution
         self.in_channels = in_channels
         self.patch_size = patch_size

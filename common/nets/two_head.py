@@ -12,7 +12,6 @@ from torch import Generator, Tensor, nn
 from common import limits
 from common.errors import UserError
 from common.nets.dit import check_times, told
-from common.nets.inputs import check_choice
 from common.nets.transformer import per_sample
 from common.tensors import append_dims
 
@@ -42,7 +41,7 @@ class TwoHeadVelocity(nn.Module):
         super().__init__()
         self.times = check_times(times)
         self.guided = guided
-        check_choice("prediction", prediction, ("u", "x"))
+        limits.choice("prediction", prediction, ("u", "x"))
         self.prediction = prediction
         self.t_floor = limits.number("t_floor", t_floor, above=0, most=1)
         numbers = len(self.times) + 3 * guided
@@ -96,7 +95,7 @@ class TwoHeadVelocity(nn.Module):
 
         As `common.nets.mit.MiT.forward`, with one-hot class_labels (B, label_dim). Raises UserError.
         """
-        check_choice("heads", heads, ("u", "v", "both"))
+        limits.choice("heads", heads, ("u", "v", "both"))
         if heads != "u" and "v" not in self.heads:
             raise UserError("this network has no v-head. Set out_channels to twice in_channels, or head=boundary.")
         values = [value for _, value in told(self.times, t, r, z)]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from common.nets.inputs import check_choice, check_inputs, check_positive, check_pyramid
+from common import limits
+from common.nets.inputs import check_inputs, check_pyramid
 from common.nets.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock
 from common.nets.unet_base import UNetBase
 
@@ -71,10 +72,10 @@ class SongUNet(UNetBase):
             label_dropout=label_dropout,
             dropout=dropout,
         )
-        check_choice("embedding_type", embedding_type, ("positional", "fourier"))
-        check_choice("encoder_type", encoder_type, ("standard", "skip", "residual"))
-        check_choice("decoder_type", decoder_type, ("standard", "skip"))
-        check_positive(model_channels=model_channels, num_blocks=num_blocks, num_times=num_times)
+        limits.choice("embedding_type", embedding_type, ("positional", "fourier"))
+        limits.choice("encoder_type", encoder_type, ("standard", "skip", "residual"))
+        limits.choice("decoder_type", decoder_type, ("standard", "skip"))
+        limits.positive(model_channels=model_channels, num_blocks=num_blocks, num_times=num_times)
         check_pyramid(img_resolution, channel_mult, attn_resolutions)
         self.num_times = num_times
         emb_channels = model_channels * channel_mult_emb
@@ -247,7 +248,7 @@ class DhariwalUNet(UNetBase):
             label_dropout=label_dropout,
             dropout=dropout,
         )
-        check_positive(model_channels=model_channels, num_blocks=num_blocks)
+        limits.positive(model_channels=model_channels, num_blocks=num_blocks)
         check_pyramid(img_resolution, channel_mult, attn_resolutions)
         emb_channels = model_channels * channel_mult_emb
         third = math.sqrt(1 / 3)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from common.nets.dropout import check_probability, draw_masks, feed_masks, unet_layers
-from common.nets.inputs import check_label_dims, check_positive
+from common import limits
+from common.nets.dropout import draw_masks, feed_masks, unet_layers
+from common.nets.inputs import check_label_dims
 from common.nets.layers import Conv2d, UNetBlock
 
 
@@ -29,15 +30,15 @@ class UNetBase(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        check_positive(img_resolution=img_resolution, in_channels=in_channels, out_channels=out_channels)
-        check_probability("dropout", dropout)
+        limits.positive(img_resolution=img_resolution, in_channels=in_channels, out_channels=out_channels)
+        limits.probability("dropout", dropout)
         check_label_dims(label_dim=label_dim, augment_dim=augment_dim)
         self.img_resolution = img_resolution
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.label_dim = label_dim
         self.augment_dim = augment_dim
-        self.label_dropout = check_probability("label_dropout", label_dropout) if label_dim else 0
+        self.label_dropout = limits.probability("label_dropout", label_dropout) if label_dim else 0
 
     def _build_encoder(
         self,

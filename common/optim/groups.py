@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from common.errors import UserError
+from common import limits
 
 
 def weight_decay_groups(module: nn.Module, *, weight_decay: float, no_decay: Iterable[str] = ()) -> list[dict]:
@@ -15,8 +15,7 @@ def weight_decay_groups(module: nn.Module, *, weight_decay: float, no_decay: Ite
     dropped.
     Raises UserError for a negative weight_decay.
     """
-    if not weight_decay >= 0:
-        raise UserError(f"weight_decay must be >= 0, got {weight_decay!r}. Set weight_decay=0 to switch it off.")
+    limits.number("weight_decay", weight_decay, least=0, hint="Set weight_decay=0 to switch it off.")
     decayed, plain = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -42,8 +41,7 @@ def bias_and_norm_groups(
     The weight decay itself is the optimiser's. Frozen parameters are left out, a shared parameter appears once, empty
     groups are dropped. Raises UserError for a bias_lr that is not positive.
     """
-    if not bias_lr > 0:
-        raise UserError(f"bias_lr must be > 0, got {bias_lr!r}. Set bias_lr=1 for the learning rate of the rest.")
+    limits.number("bias_lr", bias_lr, above=0, hint="Set bias_lr=1 for the learning rate of the rest.")
     norms = {id(p) for part in module.modules() if isinstance(part, NORMS) for p in part.parameters(recurse=False)}
     found: dict[tuple[bool, bool], list] = {}
     for name, parameter in module.named_parameters():

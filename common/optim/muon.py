@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from common.errors import UserError, nearest
+from common import limits
+from common.errors import UserError
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SCALES = ("shape", "rms", "none")
@@ -61,17 +62,14 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
     ):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise UserError(f"optimizer.{name} must be >= 0, got {value!r}. Set it to 0 or more.")
+            limits.number(f"optimizer.{name}", value, least=0)
         for name, value in (("momentum", momentum), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
-            if not 0 <= value < 1:
-                raise UserError(f"optimizer.{name} must lie in [0, 1), got {value!r}. Set it to 0.95, say.")
-        if steps < 1 or len(coefficients) != 3:
-            raise UserError(f"optimizer needs steps >= 1 and 3 coefficients, got {steps} and {len(coefficients)}.")
-        for name, value, options in (("scale", scale, SCALES), ("precision", precision, PRECISIONS)):
-            if value not in options:
-                hint = nearest(value, options)
-                raise UserError(f"optimizer.{name} must be one of {', '.join(options)}, got {value!r}. {hint}".strip())
+            limits.number(f"optimizer.{name}", value, least=0, below=1, hint="Set it to 0.95, say.")
+        limits.whole("optimizer.steps", steps, least=1)
+        if len(coefficients) != 3:
+            raise UserError(f"optimizer.coefficients must hold 3 numbers, got {len(coefficients)}. Give a, b and c.")
+        limits.choice("optimizer.scale", scale, SCALES)
+        limits.choice("optimizer.precision", precision, tuple(PRECISIONS))
         defaults = {
             "lr": lr, "momentum": momentum, "nesterov": nesterov, "debias": debias, "steps": steps,
             "coefficients": tuple(coefficients), "scale": scale, "precision": precision, "betas": tuple(betas),

@@ -8,15 +8,14 @@ All are frozen and picklable.
 import math
 from dataclasses import dataclass
 
+from common import limits
 from common.errors import UserError
 
 
 def _check(schedule, *positive: str) -> None:
-    for name in ("warmup", *positive):
-        value = getattr(schedule, name)
-        if not (value >= 0 if name == "warmup" else value > 0):
-            allowed = ">= 0" if name == "warmup" else "> 0"
-            raise UserError(f"{name} must be {allowed}, got {value!r}. Set {name} to a number {allowed}.")
+    limits.number("warmup", schedule.warmup, least=0)
+    for name in positive:
+        limits.number(name, getattr(schedule, name), above=0)
 
 
 def ramp(n: float, warmup: float) -> float:
@@ -139,8 +138,8 @@ class OneCycleLinear:
     final: float = 1 / 25e4
 
     def __post_init__(self):
-        if not self.total > 0 or self.extra < 0:
-            raise UserError(f"total must be > 0 and extra >= 0, got {self.total!r} and {self.extra!r}. Set the steps.")
+        limits.number("total", self.total, above=0)
+        limits.number("extra", self.extra, least=0)
         if not (0 < self.share < 1 and self.share * (self.total + self.extra) > 1):
             raise UserError(
                 f"share={self.share!r} leaves no step to rise in. Set it between 0 and 1, above 1 / (total + extra)."

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from common import limits
 from common.errors import UserError
 from common.files import read_json, sha256_file
 from common.weights.load import load_into, load_tensors
@@ -62,8 +63,7 @@ class SdVae:
     """
 
     def __init__(self, *, path: str, dtype: str = "float32"):
-        if dtype not in DTYPES:
-            raise UserError(f"dtype of the autoencoder must be one of {', '.join(DTYPES)}, got {dtype!r}. Set one.")
+        limits.choice("dtype of the autoencoder", dtype, tuple(DTYPES), hint="Set one of them.")
         self.path = Path(path).expanduser()
         self.dtype = DTYPES[dtype]
         self._model = None
@@ -129,8 +129,7 @@ class LatentDecoder:
     def __init__(
         self, *, vae: Autoencoder, mean: float | Sequence[float], std: float | Sequence[float], batch_size: int = 32
     ):
-        if batch_size < 1:
-            raise UserError(f"decoder.batch_size must be >= 1, got {batch_size}. Set it to latents decoded at a time.")
+        limits.whole("decoder.batch_size", batch_size, least=1, hint="Set it to latents decoded at a time.")
         self.vae, self.mean, self.std, self.batch_size = vae, mean, std, batch_size
 
     def check(self) -> None:

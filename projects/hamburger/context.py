@@ -12,18 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import UserError, nearest
+from common import limits
 
 NORMS = ("bn", "gn", "none")
 
 
 def make_norm(kind: str, channels: int, groups: int = 32) -> nn.Module:
     """bn: batch normalisation; gn: `groups` groups; none: identity. Raises UserError for anything else."""
-    if kind not in NORMS:
-        raise UserError(f"norm must be one of {', '.join(NORMS)}, got {kind!r}. {nearest(str(kind), NORMS)}")
+    limits.choice("norm", kind, NORMS)
     if kind == "gn":
-        if channels % groups:
-            raise UserError(f"norm_groups={groups} does not divide {channels} channels. Choose a divisor.")
+        limits.multiple_of("channels", channels, groups, "norm_groups", hint="Set norm_groups to a divisor.")
         return nn.GroupNorm(groups, channels)
     return nn.BatchNorm2d(channels) if kind == "bn" else nn.Identity()
 
@@ -113,8 +111,8 @@ class EMAttention(nn.Module):
         norm_groups: int = 32,
     ):
         super().__init__()
-        if rank < 1 or steps < 1:
-            raise UserError(f"context.rank and context.steps must be >= 1, got {rank} and {steps}. EMANet: 64 and 3.")
+        limits.whole("context.rank", rank, least=1, hint="EMANet has 64.")
+        limits.whole("context.steps", steps, least=1, hint="EMANet has 3.")
         self.steps, self.momentum = steps, momentum
         self.lower = nn.Conv2d(in_channels, channels, 1)
         self.register_buffer("bases", F.normalize(torch.randn(1, channels, rank), dim=1))
@@ -164,8 +162,7 @@ class PyramidPooling(nn.Module):
         self, in_channels: int, channels: int = 512, *, grids: Sequence[int] = (1, 2, 3, 6), norm="bn", norm_groups=32
     ):
         super().__init__()
-        if channels % len(grids):
-            raise UserError(f"context.channels={channels} must be a multiple of the {len(grids)} grids. Change it.")
+        limits.multiple_of("context.channels", channels, len(grids), "the grids share them")
         self.grids = tuple(grids)
         # no norm: a grid of one cell would leave one number per channel and picture to normalise
         self.branches = nn.ModuleList(nn.Conv2d(in_channels, channels // len(grids), 1) for _ in grids)
@@ -193,9 +190,8 @@ class AtrousPyramid(nn.Module):
         self, in_channels: int, channels: int = 512, *, rates: Sequence[int] = (12, 24, 36), norm="bn", norm_groups=32
     ):
         super().__init__()
-        share, rest = divmod(channels, len(rates) + 1)
-        if rest:
-            raise UserError(f"context.channels={channels} must be a multiple of {len(rates) + 1}. Change it.")
+        branches = len(rates) + 1
+        share = limits.multiple_of("context.channels", channels, branches, "the branches share them") // branches
         made = dict(norm=norm, norm_groups=min(norm_groups, share))
         self.near = ConvNormReLU(in_channels, share, **made)
         self.far = nn.ModuleList(ConvNormReLU(in_channels, share, 3, dilation=rate, **made) for rate in rates)

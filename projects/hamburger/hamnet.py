@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import limits
 from common.errors import UserError, nearest
 from common.nets.timm_model import create
 from projects.hamburger.context import ConvNormReLU
@@ -112,10 +113,8 @@ class HamNet(nn.Module):
         align_corners: bool = True,
     ):
         super().__init__()
-        if num_classes < 2:
-            raise UserError(f"net.num_classes must be >= 2, got {num_classes}. Set it to the classes of the data.")
-        if kernel not in (1, 3):
-            raise UserError(f"net.kernel must be 1 or 3, got {kernel}. HamNet has 3, Light-Ham 1.")
+        limits.whole("net.num_classes", num_classes, least=2, hint="Set it to the classes of the data.")
+        limits.choice("net.kernel", kernel, (1, 3), hint="HamNet has 3, Light-Ham 1.")
         channels = backbone.channels
         if auxiliary and len(channels) < 2:
             raise UserError(

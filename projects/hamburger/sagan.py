@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from common import limits
 from common.deq.layers import SpectralNorm
 from common.errors import UserError
 from common.ham.decompose import NMF, Decomposition
 from common.ham.ham import Ham
-from common.nets.inputs import check_choice, check_label_dims, check_positive
+from common.nets.inputs import check_label_dims
 
 CONTEXTS = ("ham", "attention", "none")
 BURGERS = ("v1", "v2")
@@ -65,7 +66,7 @@ class Sagan(nn.Module):
         norm_momentum: float = 0.001,
     ):
         super().__init__()
-        check_choice("context", context, CONTEXTS)
+        limits.choice("context", context, CONTEXTS)
         check_label_dims(label_dim=label_dim)
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.noise_shape = (z_dim,)
@@ -102,7 +103,7 @@ class Generator(nn.Module):
         norm_momentum: float,
     ):
         super().__init__()
-        check_positive(img_channels=img_channels, z_dim=z_dim, g_width=width)
+        limits.positive(img_channels=img_channels, z_dim=z_dim, g_width=width)
         widths = [width << k for k in reversed(range(_halvings(img_resolution)))]
         sizes = [START << (k + 1) for k in range(len(widths))]
         _check_context("g_context_at", context, context_at, [START, *sizes])
@@ -149,7 +150,7 @@ class Discriminator(nn.Module):
         version: str,
     ):
         super().__init__()
-        check_positive(img_channels=img_channels, d_width=width)
+        limits.positive(img_channels=img_channels, d_width=width)
         widths = [width << k for k in range(_halvings(img_resolution))]
         sizes = [img_resolution >> (k + 1) for k in range(len(widths))]
         _check_context("d_context_at", context, context_at, sizes)
@@ -275,7 +276,7 @@ class GatedHamburger(nn.Module):
 
     def __init__(self, channels: int, ham: Decomposition, *, version: str = "v1", norm=None, eval_seed=None):
         super().__init__()
-        check_choice("version", version, BURGERS)
+        limits.choice("version", version, BURGERS)
         one = lambda: _spectral(nn.Conv2d(channels, channels, 1, bias=False), exact=True)
         self.rectify = ham.nonnegative
         self.lower = one()
@@ -320,7 +321,7 @@ class GatedAttention(nn.Module):
 
 
 def _context(kind: str, channels: int, ham: Decomposition, version: str, norm, eval_seed) -> nn.Module | None:
-    check_choice("version", version, BURGERS)
+    limits.choice("version", version, BURGERS)
     if kind == "ham":
         return GatedHamburger(channels, ham, version=version, norm=norm, eval_seed=eval_seed)
     return GatedAttention(channels) if kind == "attention" else None
@@ -358,10 +359,9 @@ def _halvings(img_resolution: int) -> int:
 def _check_context(name: str, kind: str, at: int, sizes: list[int]) -> None:
     if kind == "none":
         return
-    if at not in sizes:
-        raise UserError(f"{name} must be one of {', '.join(map(str, sorted(set(sizes))))}, got {at}.")
-    if kind == "attention" and at < 2:
-        raise UserError(f"{name} must be at least 2 for attention, got {at}.")
+    limits.choice(name, at, sorted(set(sizes)))
+    if kind == "attention":
+        limits.whole(name, at, least=2, hint="Attention pools its keys by 2.")
 
 
 def _check_labels(class_labels: Tensor | None, label_dim: int, batch: int) -> None:

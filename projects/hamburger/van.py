@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from common.errors import UserError, nearest
+from common import limits
+from common.errors import UserError
 
 # name -> widths, depths of the four stages (table 2 of the paper; tiny and small are its B0 and B1)
 SIZES = {
@@ -36,8 +37,7 @@ class VAN(nn.Module):
 
     def __init__(self, size: str = "base", *, stages: Sequence[int] = (1, 2, 3), drop_path: float = 0.1):
         super().__init__()
-        if size not in SIZES:
-            raise UserError(f"backbone.size must be one of {', '.join(SIZES)}, got {size!r}. {nearest(size, SIZES)}")
+        limits.choice("backbone.size", size, tuple(SIZES))
         stages = tuple(stages)
         if not stages or list(stages) != sorted(set(stages) & {0, 1, 2, 3}):
             raise UserError(f"backbone.stages must be rising numbers out of 0, 1, 2, 3, got {list(stages)}.")

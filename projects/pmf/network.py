@@ -6,7 +6,7 @@ pMF (arXiv 2601.22158). Tensor names are those of the PyTorch release (see `comm
 import torch
 from torch import Tensor, nn
 
-from common.nets.inputs import check_choice, check_positive
+from common import limits
 from common.nets.mit import TwoHeadTransformer
 from common.nets.transformer import BottleneckPatchEmbedding, per_sample, rope_grid
 from common.tensors import append_dims
@@ -59,8 +59,8 @@ class PixelMiT(TwoHeadTransformer):
             recompute=recompute,
             head_multiple=4,
         )
-        check_positive(bottleneck=bottleneck)
-        check_choice("prediction", prediction, ("x", "u"))
+        limits.positive(bottleneck=bottleneck)
+        limits.choice("prediction", prediction, ("x", "u"))
         self.prediction = prediction
         self.t_floor = t_floor
         self.x_embedder = BottleneckPatchEmbedding(

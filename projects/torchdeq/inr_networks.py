@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common import limits
 from common.deq.layers import apply_norm, reset
-from common.errors import UserError, nearest
 
 
 class FourierFilter(nn.Module):
@@ -169,10 +169,7 @@ class EquilibriumInr(nn.Module):
     ):
         super().__init__()
         check_sizes(in_features=in_features, out_features=out_features, width=width, layers=layers)
-        if filter not in FILTERS:
-            raise UserError(
-                f"project.net.filter is {filter!r}. {nearest(filter, FILTERS)}Choose one of {', '.join(FILTERS)}."
-            )
+        limits.choice("project.net.filter", filter, tuple(FILTERS))
         self.in_features = in_features
         self.out_features = out_features
         self.width = width
@@ -297,8 +294,4 @@ def scaled_map(in_features: int, out_features: int, scale: float) -> nn.Linear:
 
 def check_sizes(**sizes: int) -> None:
     """Raises UserError naming the first size below 1."""
-    for name, value in sizes.items():
-        if value < 1:
-            raise UserError(
-                f"project.net.{name} must be >= 1, got {value}. Set project.net.{name} to a positive number."
-            )
+    limits.positive(**{f"project.net.{name}": value for name, value in sizes.items()})

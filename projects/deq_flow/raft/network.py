@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common import limits
 from common.deq.layer import DEQ
 from common.deq.layers import reset
 from common.errors import UserError
-from common.nets.inputs import check_choice, check_positive
 from projects.deq_flow.raft.correlation import AllPairs, OnDemand
 from projects.deq_flow.raft.encoder import Encoder
 from projects.deq_flow.raft.update import Attention, UpdateBlock
@@ -76,17 +76,14 @@ class FlowEquilibrium(nn.Module):
         norm: Callable[[nn.Module], object] | None = None,
     ):
         super().__init__()
-        check_choice("lookup", lookup, tuple(LOOKUPS))
-        check_choice("hidden_init", hidden_init, STARTS)
+        limits.choice("lookup", lookup, tuple(LOOKUPS))
+        limits.choice("hidden_init", hidden_init, STARTS)
         _check_sizes(
             levels=levels, radius=radius, feature_channels=feature_channels, hidden_channels=hidden_channels,
             head_channels=head_channels, corr_channels=(2, corr_channels), flow_channels=(2, flow_channels),
             encoder_channels=(3, encoder_channels),
         )  # fmt: skip
-        if motion_channels < 3:
-            raise UserError(
-                f"motion_channels must be at least 3, two of them the flow, got {motion_channels}. Set 128."
-            )
+        limits.whole("motion_channels", motion_channels, least=3, hint="Two of them are the flow. Set 128.")
         self.hidden_channels, self.hidden_init = hidden_channels, hidden_init
         correlation = LOOKUPS[lookup](levels, radius)
         context = hidden_channels * (1 if hidden_init == "zero" else 2)
@@ -212,11 +209,11 @@ def grid(
 
 def _check_sizes(**fields: int | tuple[int, Sequence[int]]) -> None:
     single = {name: value for name, value in fields.items() if not isinstance(value, tuple)}
-    check_positive(**single)
+    limits.positive(**single)
     for name, value in fields.items():
         if name in single:
             continue
         count, widths = value
         if len(widths) != count:
             raise UserError(f"{name} must hold {count} widths, got {list(widths)}. Set {count} whole numbers.")
-        check_positive(**{f"{name}[{i}]": width for i, width in enumerate(widths)})
+        limits.positive(**{f"{name}[{i}]": width for i, width in enumerate(widths)})

@@ -130,9 +130,12 @@ def test_five_lines_of_python():
         ({"version": "v3"}, "hamburger.version must be one of v1, v2, v2plus, got 'v3'. Closest: v"),
         ({"dual": True}, "hamburger.dual exists in v2plus alone, the version is v2"),
         ({"cheese_factor": 2}, "hamburger.cheese_factor exists in v2plus alone"),
-        ({"version": "v2plus", "cheese_factor": 3}, "hamburger.cheese_factor must divide channels=8, got 3"),
+        (
+            {"version": "v2plus", "cheese_factor": 3},
+            r"channels must be a multiple of 3 \(cheese_factor\), got 8",
+        ),
         ({"norm": "batch"}, "hamburger.norm must be one of bn, gn, syncbn, none, got 'batch'"),
-        ({"norm": "gn", "norm_groups": 3}, "hamburger.norm_groups=3 does not divide 8 channels"),
+        ({"norm": "gn", "norm_groups": 3}, r"channels must be a multiple of 3 \(norm_groups\), got 8"),
     ],
     ids=str,
 )

@@ -417,9 +417,9 @@ def test_fake_tensors_pass_through(kind):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"rank": 0}, "ham.rank must be >= 1, got 0"),
-        ({"steps": -1}, "ham.steps must be >= 0, got -1"),
-        ({"eval_steps": -2}, "ham.eval_steps must be >= 0, got -2"),
+        ({"rank": 0}, "ham.rank must be a whole number >= 1, got 0"),
+        ({"steps": -1}, "ham.steps must be a whole number >= 0, got -1"),
+        ({"eval_steps": -2}, "ham.eval_steps must be a whole number >= 0, got -2"),
         ({"inv_t": 0.0}, "ham.inv_t must be > 0, got 0.0"),
         ({"gradient": "one_stp"}, "ham.gradient must be one of .* got 'one_stp'. Closest: one_step."),
         ({"gradient": Backprop()}, "ham.gradient=Backprop needs a solver of common.deq"),

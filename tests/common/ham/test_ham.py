@@ -223,12 +223,12 @@ def test_random_bases_repeat_with_the_global_seed(kind):
 @pytest.mark.parametrize(
     "build, sentence",
     [
-        (lambda: Ham(8, groups=3), "ham.groups must divide the number of channels, got 3 groups of 8 channels"),
+        (lambda: Ham(8, groups=3), r"ham.channels must be a multiple of 3 \(ham.groups\), got 8"),
         (
             lambda: Ham(8, bases="onlin"),
             "ham.bases must be one of random, online, learned, got 'onlin'. Closest: online",
         ),
-        (lambda: Ham(8, eta=2.0), r"ham.eta must lie in \[0, 1\], got 2.0"),
+        (lambda: Ham(8, eta=2.0), r"ham.eta must be >= 0 and <= 1, got 2.0"),
         (lambda: Ham(8, spatial=False, bases="online"), "ham.pixels must be set for online bases of a channel ham"),
         (lambda: Ham(8, bases="online", eval_seed=1), "ham.eval_seed draws random bases, but the bases are online"),
         (lambda: Ham(8)(torch.rand(2, 4, 3, 3)), r"Ham expects an input \(B, 8, ...\), got \(2, 4, 3, 3\)"),

@@ -71,9 +71,9 @@ def test_parameters_and_batch_statistics():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(channels=20), "channels must be a multiple of groups = 8, got 20"),
-        (dict(pool=3), "img_resolution must be a multiple of pool = 3, got 8"),
-        (dict(expansion=0), "expansion must be a whole number of at least 1, got 0"),
+        (dict(channels=20), r"channels must be a multiple of 8 \(groups\), got 20"),
+        (dict(pool=3), r"img_resolution must be a multiple of 3 \(pool\), got 8"),
+        (dict(expansion=0), "expansion must be a whole number >= 1, got 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(change, message):

@@ -181,11 +181,11 @@ def test_bfloat16_autocast_keeps_a_float32_state():
 @pytest.mark.parametrize(
     "options, text",
     [
-        (dict(width=7), "width must be even"),
+        (dict(width=7), "width must be a multiple of 2"),
         (dict(norm_order="psot"), "norm_order must be one of pre, post"),
         (dict(blocks=0), "blocks must be"),
-        (dict(memory=-1), "memory must be >= 0"),
-        (dict(eval_memory=-1), "eval_memory must be >= 0"),
+        (dict(memory=-1), "memory must be a whole number >= 0"),
+        (dict(eval_memory=-1), "eval_memory must be a whole number >= 0"),
         (dict(dropout=1.5), "dropout must be between"),
     ],
 )

@@ -104,13 +104,13 @@ def test_what_the_runtime_reads():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(patch_size=3), "img_resolution 8 cannot be cut into patches of 3"),
-        (dict(num_heads=5), "width 32 cannot be cut into 5 heads"),
+        (dict(patch_size=3), r"img_resolution must be a multiple of 3 \(patch_size\), got 8"),
+        (dict(num_heads=5), r"width must be a multiple of 5 \(5 heads"),
         (dict(width=30, num_heads=5), "width must be a multiple of 4"),
         (dict(times=["t", "h"]), "times must be one of"),
         (dict(times=["t", "t"]), "each once"),
         (dict(times=[]), "each once"),
-        (dict(label_dim=-1), "label_dim must be 0"),
+        (dict(label_dim=-1), "label_dim must be a whole number >= 0"),
         (dict(depth=0), "depth must be a whole number"),
     ],
 )

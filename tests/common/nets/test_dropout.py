@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from common.nets.dropout import check_probability, draw_masks, dropout, feed_masks
+from common.nets.dropout import draw_masks, dropout, feed_masks
 
 WEIGHT = torch.zeros(1)
 
@@ -65,9 +65,3 @@ def test_masks_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="2 samples but x holds 3"):
         feed_masks([mask], 1, 3)
     assert feed_masks(None, 4, 2) is None
-
-
-@pytest.mark.parametrize("p", [-0.1, 1, 1.5])
-def test_a_probability_out_of_range_names_the_field(p):
-    with pytest.raises(UserError, match="label_dropout must be at least 0 and below 1"):
-        check_probability("label_dropout", p)

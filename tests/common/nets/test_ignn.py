@@ -351,13 +351,13 @@ def test_official_sizes():
 @pytest.mark.parametrize(
     "kind, options, sentence",
     [
-        (IgnnNode, {"kappa": 1.0}, r"project\.net\.kappa must lie in \(0, 1\), got 1\.0"),
+        (IgnnNode, {"kappa": 1.0}, r"project\.net\.kappa must be > 0 and < 1, got 1\.0"),
         (IgnnNode, {"norm": "spectrel"}, r"project\.net\.norm must be one of .*Closest: spectral"),
         (IgnnNode, {"start": "ones"}, r"project\.net\.start must be one of input, zeros"),
         (IgnnNode, {"projection": "hard"}, r"project\.net\.projection must be one of"),
         (IgnnSkip, {"projection": "parameter"}, r"Set project\.net\.projection=straight"),
-        (IgnnSkip, {"hidden": 0}, r"project\.net\.hidden must be >= 1"),
-        (IgnnGraph, {"depth": 0}, r"project\.net\.depth must be >= 1"),
+        (IgnnSkip, {"hidden": 0}, r"project\.net\.hidden must be a whole number >= 1"),
+        (IgnnGraph, {"depth": 0}, r"project\.net\.depth must be a whole number >= 1"),
     ],
 )
 def test_refusals(kind, options, sentence):

@@ -192,12 +192,12 @@ def test_runs_on_fake_tensors_and_in_channels_last():
     [
         (dict(channels=(8,), head_channels=(2,)), r"channels must name at least two scales, got \[8\].*ConvDEQ"),
         (dict(head_channels=(2, 3)), "head_channels must hold one width per scale, got 2 for 3 scales"),
-        (dict(channels=(8, 18, 8)), "channels must be multiples of groups = 4, got 18"),
-        (dict(groups=3), "groups must be an even whole number of at least 2, got 3"),
-        (dict(downsample=3), "downsample must be 0, 1 or 2, got 3"),
-        (dict(img_resolution=18), "img_resolution must be a multiple of 4 for 3 scales and downsample=0, got 18"),
-        (dict(final_channels=0), "final_channels must be a whole number of at least 1, got 0"),
-        (dict(channels=(8, 0, 8)), r"channels\[1\] must be a whole number of at least 1"),
+        (dict(channels=(8, 18, 8)), r"channels\[1\] must be a multiple of 4 \(groups\), got 18"),
+        (dict(groups=3), "groups must be a multiple of 2, got 3"),
+        (dict(downsample=3), "downsample must be one of 0, 1, 2, got 3"),
+        (dict(img_resolution=18), r"img_resolution must be a multiple of 4 \(3 scales, downsample=0\), got 18"),
+        (dict(final_channels=0), "final_channels must be a whole number >= 1, got 0"),
+        (dict(channels=(8, 0, 8)), r"channels\[1\] must be a whole number >= 1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(change, message):

@@ -42,5 +42,5 @@ def test_dropout_masks_have_one_entry_per_hidden_unit():
 
 @pytest.mark.parametrize("field", ["width", "depth", "img_resolution", "in_channels", "out_channels"])
 def test_sizes_below_one_are_named(field):
-    with pytest.raises(UserError, match=f"{field} must be a whole number of at least 1, got 0"):
+    with pytest.raises(UserError, match=f"{field} must be a whole number >= 1, got 0"):
         MLPDenoiser(**(DIGITS | {field: 0}))

@@ -216,10 +216,10 @@ def test_inputs_that_do_not_fit_are_named(net, change, message):
         (dict(decoder_type="residual"), "decoder_type must be one of standard, skip"),
         (dict(embedding_type="cosine"), "embedding_type must be one of"),
         (dict(img_resolution=9), "img_resolution must be a multiple of 2"),
-        (dict(img_resolution=0), "img_resolution must be a whole number of at least 1, got 0"),
+        (dict(img_resolution=0), "img_resolution must be a whole number >= 1, got 0"),
         (dict(attn_resolutions=[5]), r"attn_resolutions names 5, but this network works at \[8, 4\]"),
         (dict(channel_mult=[]), "channel_mult must name at least one level"),
-        (dict(dropout=1.0), "dropout must be at least 0 and below 1, got 1.0"),
+        (dict(dropout=1.0), "dropout must be >= 0 and < 1, got 1.0"),
         (dict(label_dropout=-1), "label_dropout must be"),
         (dict(model_channels=2), "cannot be normalised"),
         (dict(num_blocks=0), "num_blocks must be a whole number"),
@@ -260,5 +260,5 @@ def test_several_times_are_embedded_side_by_side(kind):
     close(net(x, times[:1], labels), net(x, times[:1].expand(3, 2), labels), 5e-6)
     with pytest.raises(UserError, match=r"noise_labels must have shape \(3, 2\) or \(1, 2\), got \(3,\)"):
         net(x, times[:, 0], labels)
-    with pytest.raises(UserError, match="num_times must be a whole number of at least 1"):
+    with pytest.raises(UserError, match="num_times must be a whole number >= 1"):
         kind(**sizes, num_times=0)

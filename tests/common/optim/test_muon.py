@@ -147,10 +147,10 @@ def test_a_schedule_moves_both_kinds_and_parameters_without_gradient_stay():
     "options, message",
     [
         ({"lr": -1}, "optimizer.lr must be >= 0"),
-        ({"momentum": 1.0}, r"optimizer.momentum must lie in \[0, 1\)"),
+        ({"momentum": 1.0}, r"optimizer.momentum must be >= 0 and < 1"),
         ({"scale": "shap"}, "optimizer.scale must be one of shape, rms, none, got 'shap'. Closest: shape"),
         ({"precision": "half"}, "optimizer.precision must be one of float32, bfloat16"),
-        ({"steps": 0}, "steps >= 1"),
+        ({"steps": 0}, "optimizer.steps must be a whole number >= 1"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -39,7 +39,7 @@ def test_wrong_numbers_are_named():
     decoder = LatentDecoder(vae=Doubling(), mean=[0.0, 0.0], std=1.0)
     with pytest.raises(UserError, match=r"decoder\.mean has 2 numbers, but the latents have 3 channels"):
         decoder(torch.zeros(1, 3, 2, 2))
-    with pytest.raises(UserError, match=r"decoder\.batch_size must be >= 1, got 0"):
+    with pytest.raises(UserError, match=r"decoder\.batch_size must be a whole number >= 1, got 0"):
         LatentDecoder(vae=Doubling(), mean=0.0, std=1.0, batch_size=0)
     with pytest.raises(UserError, match="dtype of the autoencoder must be one of float32"):
         SdVae(path="somewhere", dtype="half")

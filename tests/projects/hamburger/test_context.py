@@ -150,10 +150,10 @@ def test_a_convolution_has_a_bias_where_no_norm_has_one():
     ("make", "message"),
     [
         (lambda: make_norm("nb", 8), "norm must be one of bn, gn, none, got 'nb'"),
-        (lambda: make_norm("gn", 8, 3), "norm_groups=3 does not divide 8"),
-        (lambda: EMAttention(8, 8, steps=0), "context.rank and context.steps must be >= 1, got 64 and 0"),
-        (lambda: PyramidPooling(8, 6), "context.channels=6 must be a multiple of the 4 grids"),
-        (lambda: AtrousPyramid(8, 6), "context.channels=6 must be a multiple of 4"),
+        (lambda: make_norm("gn", 8, 3), r"channels must be a multiple of 3 \(norm_groups\), got 8"),
+        (lambda: EMAttention(8, 8, steps=0), "context.steps must be a whole number >= 1, got 0"),
+        (lambda: PyramidPooling(8, 6), r"context.channels must be a multiple of 4 \(the grids share them\), got 6"),
+        (lambda: AtrousPyramid(8, 6), r"context.channels must be a multiple of 4 \(the branches share them\), got 6"),
     ],
 )
 def test_refusals(make, message):

@@ -152,8 +152,8 @@ def test_weights_of_the_backbone_alone_leave_the_head_as_it_is():
         (lambda: TimmBackbone("resnet18", stages=[9]), "timm cannot build resnet18 with stages=.9."),
         (lambda: TimmBackbone("resnet18", options={"widht": 3}), "timm cannot build resnet18 with .*widht"),
         (lambda: TimmBackbone("convnext_atto", multi_grid=[1, 2, 4]), "last stage of this network has 0 residual"),
-        (lambda: small(num_classes=1), "net.num_classes must be >= 2"),
-        (lambda: small(kernel=5), "net.kernel must be 1 or 3"),
+        (lambda: small(num_classes=1), "net.num_classes must be a whole number >= 2"),
+        (lambda: small(kernel=5), "net.kernel must be one of 1, 3"),
         (lambda: small(auxiliary=8), "net.auxiliary needs a second map"),
     ],
 )

@@ -283,8 +283,8 @@ def test_projection_of_the_class():
         ({"g_context_at": 16}, "g_context_at must be one of 4, 8, got 16"),
         ({"d_context_at": 8}, "d_context_at must be one of 4, got 8"),
         ({"version": "v2plus"}, "version must be one of v1, v2"),
-        ({"label_dim": -1}, "label_dim must be 0"),
-        ({"g_width": 0}, "g_width must be a whole number of at least 1"),
+        ({"label_dim": -1}, "label_dim must be a whole number >= 0"),
+        ({"g_width": 0}, "g_width must be a whole number >= 1"),
     ],
 )
 def test_sizes_that_do_not_fit(changed, message):

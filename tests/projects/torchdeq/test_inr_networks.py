@@ -192,9 +192,9 @@ def test_fourier_features_mlp_sees_sines_and_cosines_of_fixed_frequencies():
 
 
 def test_bad_words_and_sizes_are_one_sentence():
-    with pytest.raises(UserError, match=r"project\.net\.filter is 'sirens'. Closest: siren"):
+    with pytest.raises(UserError, match=r"project\.net\.filter must be one of .* got 'sirens'\. Closest: siren"):
         EquilibriumInr(in_features=2, out_features=1, filter="sirens")
-    with pytest.raises(UserError, match=r"project\.net\.width must be >= 1, got 0"):
+    with pytest.raises(UserError, match=r"project\.net\.width must be a whole number >= 1, got 0"):
         Siren(in_features=2, out_features=1, width=0)
     with pytest.raises(UserError, match=r"kind must be one of weight, spectral, none"):
         EquilibriumInr(in_features=2, out_features=1, norm="wieght")

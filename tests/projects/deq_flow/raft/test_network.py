@@ -353,7 +353,7 @@ def test_what_does_not_fit_is_said_in_one_sentence():
         (dict(lookup="sparse"), "lookup must be one of"),
         (dict(hidden_init="one"), "hidden_init must be one of"),
         (dict(corr_channels=(8,)), "corr_channels must hold 2 widths"),
-        (dict(motion_channels=2), "motion_channels must be at least 3"),
+        (dict(motion_channels=2), "motion_channels must be a whole number >= 3"),
         (dict(radius=0), "radius"),
     ):
         with pytest.raises(UserError, match=words):
