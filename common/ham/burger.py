@@ -112,9 +112,7 @@ def _check(version: str, dual: bool, cheese_factor: int, channels: int) -> None:
     if version != "v2plus" and cheese_factor != 1:
         raise UserError(f"hamburger.cheese_factor exists in v2plus alone, the version is {version}. Set it to 1.")
     limits.whole("hamburger.cheese_factor", cheese_factor, least=1)
-    limits.multiple_of(
-        "hamburger.channels", channels, cheese_factor, "cheese_factor", hint="Set it to a divisor."
-    )
+    limits.multiple_of("hamburger.channels", channels, cheese_factor, "cheese_factor", hint="Set it to a divisor.")
 
 
 def _conv(inside: int, outside: int, bias: bool = False) -> nn.Conv2d:
@@ -127,9 +125,7 @@ def _conv(inside: int, outside: int, bias: bool = False) -> nn.Conv2d:
 def _norm(kind: str, channels: int, momentum: float, groups: int) -> nn.Module | None:
     limits.choice("hamburger.norm", kind, NORMS)
     if kind == "gn":
-        limits.multiple_of(
-            "hamburger.channels", channels, groups, "norm_groups", hint="Set them to a divisor."
-        )
+        limits.multiple_of("hamburger.channels", channels, groups, "norm_groups", hint="Set them to a divisor.")
         return nn.GroupNorm(groups, channels)
     if kind == "none":
         return nn.Identity()

@@ -176,7 +176,9 @@ def test_hostile_calls_are_refused_and_not_run(write, tmp_path, kind, place):
         net.__dict__["anything"] = evil
     else:
         net._non_persistent_buffers_set = evil
-    with pytest.raises(UserError, match=r"net\.pkl: it asks for ([\w.]+, which no network needs|an attribute of .*), and is refused"):
+    with pytest.raises(
+        UserError, match=r"net\.pkl: it asks for ([\w.]+, which no network needs|an attribute of .*), and is refused"
+    ):
         read_snapshot(write(content))
     assert not (tmp_path / "flag").exists()
 
