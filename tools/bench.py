@@ -1,6 +1,6 @@
 """Step time and memory of a paper's code against the published procedure: `python -m tools.bench <name> [options]`.
 
-A benchmark is one file of tools/benchmarks. It says in words what is compared and builds the steps; everything else is
+A benchmark is one file of tools/benchmarks. It describes what is compared and builds the steps; everything else is
 here: variants take turns inside one process, so that a change of load hits all of them, and the peak memory of each is
 measured in a process of its own. Nothing here is asserted: the tables are for reading.
 

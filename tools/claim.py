@@ -1,4 +1,4 @@
-"""What a paper says, measured here: `python -m tools.claim ect [--seeds 1 2 3] [--fresh] [--no-record] [--strict]`.
+"""A paper's claim, measured here: `python -m tools.claim ect [--seeds 1 2 3] [--fresh] [--no-record] [--strict]`.
 
 A claim (conf/claim/<slug>.yaml) names runs to make side by side, the numbers to read from their result.json, and the
 relations the paper states. The tool makes the runs (finished ones of the same code are reused, interrupted ones
@@ -372,7 +372,7 @@ def show_record(record: Mapping) -> None:
         "Relations",
         [
             {
-                "paper says": relation["says"],
+                "claim": relation["says"],
                 "asked": f"{relation['left']} {relation['op']} {report.show(relation['factor'])} x {relation['right']}",
                 "ratio of means": relation["ratio"],
                 "seeds": f"{sum(relation['per_seed'].values())}/{len(relation['per_seed'])}",

@@ -1,4 +1,15 @@
-"""Training, evaluation and pictures of optical flow as an equilibrium (arXiv 2204.08442), and of RAFT unrolled."""
+"""Training, evaluation and pictures of optical flow as an equilibrium (arXiv 2204.08442), and of RAFT unrolled.
+
+g1, g2, q = features(I1), features(I2), context(I1)
+f(h, c): h' = GRU(h, q, motion(lookup(<g1, g2>, c), c - c0));  c' = c + head(h')
+h, c = 0, c0
+for i in 1 .. n states:                            # sliced: n solves, each from the last state
+    (h, c) = solve (h, c) = f(h, c)                # any solver, without autograd
+    (h_i, c_i) = one to three differentiable steps of f from (h, c)
+    flow_i = upsample(h_i, c_i - c0)
+minimise sum_i gamma^(n-i-1) mean(valid |flow_i - truth|_1)
+next pair of a clip: start from this pair's (h, c), optionally moved along its flow
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +27,7 @@ from projects.deq_flow.pictures import Row, write_pairs
 from projects.deq_flow.video import open_clips, write_clip
 
 REUSE = (False, True, "interpolate")
-PICTURES = 12  # rows of a sheet
+PICTURES = 12  # rows of a picture
 
 
 class DeqFlow(EquilibriumModule):
@@ -69,7 +80,7 @@ class DeqFlow(EquilibriumModule):
         self.crop, self.max_flow, self.padding, self.reuse = tuple(crop), max_flow, padding, reuse
         net.freeze_batch_norm(freeze_norms)
 
-    # What a task says -------------------------------------------------------------------------------------------------
+    # What a task defines ----------------------------------------------------------------------------------------------
 
     def outputs(self, batch: dict) -> list[Tensor]:
         """Flows (B, 2, H, W) of a training crop, or of images padded already."""

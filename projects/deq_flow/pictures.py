@@ -1,4 +1,4 @@
-"""Flow as pictures: frame, truth, estimate and error of pairs in a sheet."""
+"""Flow as pictures: frame, truth, estimate and error of pairs, one row each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,18 +36,18 @@ def write_pairs(path: Path, rows: Sequence[Row]) -> Path:
     lines = [(_tiles(row), _caption(row)) for row in rows]
     width = max(tiles[0].width for tiles, _ in lines) + GAP
     height = LINE + GAP + sum(tiles[0].height + LINE + GAP for tiles, _ in lines)
-    sheet = Image.new("RGB", (len(HEADS) * width + GAP, height), "white")
-    pen = ImageDraw.Draw(sheet)
+    canvas = Image.new("RGB", (len(HEADS) * width + GAP, height), "white")
+    pen = ImageDraw.Draw(canvas)
     for column, head in enumerate(HEADS):
         pen.text((GAP + column * width, 2), head, fill="black")
     y = LINE + GAP
     for tiles, caption in lines:
         for column, tile in enumerate(tiles):
-            sheet.paste(tile, (GAP + column * width, y))
+            canvas.paste(tile, (GAP + column * width, y))
         pen.text((GAP, y + tiles[0].height), caption, fill="black")
         y += tiles[0].height + LINE + GAP
     with atomic(Path(path)) as temporary:
-        sheet.save(temporary, format="PNG")
+        canvas.save(temporary, format="PNG")
     return Path(path)
 
 

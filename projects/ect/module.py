@@ -1,4 +1,14 @@
-"""Easy Consistency Tuning: a diffusion model is pulled, stage by stage, from denoiser to consistency function."""
+"""Easy Consistency Tuning: a diffusion model is pulled, stage by stage, from denoiser to consistency function.
+
+f = pretrained denoiser
+for step, y in data:
+    s = step // steps_per_stage                    # the stage
+    t ~ exp(N(mean, std^2));  r = max(0, t (1 - n(t) / q^(s+1)))
+    eps ~ N(0, I);  mask = one dropout mask for both calls
+    target = y if r = 0 else stop(f(y + r eps, r, mask))
+    minimise w(t, r) (sqrt(|f(y + t eps, t, mask) - target|^2 + c^2) - c)
+sample: x = f(80 z, 80);  second step: x = f(x + m n, m)
+"""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,13 @@
-"""EDM training: one denoising pass per step. Also the teacher of every consistency and distillation paper here."""
+"""EDM training: one denoising pass per step. Also the teacher of every consistency and distillation paper here.
+
+D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)  # F the network
+for y in data:
+    y = augment(y);  sigma ~ exp(N(P_mean, P_std^2));  n ~ N(0, I)
+    minimise lambda(sigma) |D(y + sigma n; sigma) - y|^2
+sample: x = sigma_0 n;  for each step of the noise levels sigma_0 > sigma_1 > ... > 0:
+    d = (x - D(x; sigma_i)) / sigma_i;  x' = x + (sigma_{i+1} - sigma_i) d
+    d' = (x' - D(x'; sigma_{i+1})) / sigma_{i+1};  x = x + (sigma_{i+1} - sigma_i) (d + d') / 2   # Heun
+"""
 
 from collections.abc import Callable
 

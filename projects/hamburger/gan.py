@@ -1,4 +1,11 @@
-"""HamGAN: a SAGAN-like pair with Hamburgers, one discriminator step per generator step (arXiv 2109.04553)."""
+"""HamGAN: a SAGAN-like pair with Hamburgers, one discriminator step per generator step (arXiv 2109.04553).
+
+for x, class y in data:
+    z, z' ~ N(0, I)
+    discriminator: minimise mean(relu(1 - D(x, y)) + relu(1 + D(G(z, y), y)))
+    generator:     minimise -mean(D(G(z', y), y))
+inside G and D: x + sigma hamburger(x), sigma = 0 at the start
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

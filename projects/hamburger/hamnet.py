@@ -1,5 +1,13 @@
 """HamNet and Light-Ham: a backbone, a global-context module between two convolutions, a classifier of pixels.
 
+    Z = squeeze(backbone(image))                       # (channels, pixels)
+    X = relu(W_l Z);  D = random atoms;  C = softmax(D^T X / T)
+    for K steps, without autograd:                     # the ham, here NMF
+        C = C * (D^T X) / (D^T D C + e);  D = D * (X C^T) / (D C C^T + e)
+    C = C * (D^T X) / (D^T D C + e)                    # once more, differentiated: the one-step gradient
+    Y = relu(Z + BN(W_u D C))
+    minimise cross-entropy(classifier(align(Y)), labels)
+
 The published HamNet is a dilated ResNet-101 with a Hamburger on its last map; Light-Ham concatenates the last three
 maps of a hierarchical backbone. Is Attention Better Than Matrix Decomposition? (arXiv 2109.04553).
 """

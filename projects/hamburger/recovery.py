@@ -39,7 +39,7 @@ class Recovery(ResearchModule):
     """Denoises matrices of low rank; its evaluation compares what every method does, each applied to the noisy matrix.
 
     Training fits the two scalars of `net` to the clean matrices; the errors do not depend on them. With
-    `evaluate.timed_steps` the run also says what a training step through the ham costs.
+    `evaluate.timed_steps` the run also measures what a training step through the ham costs.
 
     net      `ScalarBread`
     methods  name -> decomposition; metrics `<name>_error`. Null takes an inherited entry away

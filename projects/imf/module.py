@@ -1,4 +1,15 @@
-"""Improved MeanFlow: the average velocity trained as a regression to e - x, with guidance as an input."""
+"""Improved MeanFlow: the average velocity trained as a regression to e - x, with guidance as an input.
+
+for x, class y in data:
+    t, r ~ sampler, r <= t;  e ~ N(0, I);  z = (1 - t) x + t e
+    omega, [t_min, t_max] ~ samplers;  omega = 1 where t is outside the interval
+    v_y, v_0 = velocity of the network with and without class   # a second head, or u(z, t, t)
+    v_g = e - x + (1 - 1/omega) stop(v_y - v_0)                  # e - x where the class is dropped
+    u, du/dt = jvp of u(z, t, r) along (v_y, 1, 0)
+    V = u + (t - r) stop(du/dt)
+    minimise w |V - v_g|^2 + w' |v_y - v_g|^2                    # w, w' = 1/stop(|.|^2 + c)^p
+sample: x = e - u(e, t=1, r=0; omega, t_min, t_max, y)
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,13 @@
-"""MeanFlow: a network of average velocities, trained from scratch, that makes an image in one call."""
+"""MeanFlow: a network of average velocities, trained from scratch, that makes an image in one call.
+
+for x in data:
+    t, r ~ sampler, r <= t, r = t for a share of the samples;  e ~ N(0, I)
+    z = (1 - t) x + t e;  v = e - x                # guidance: v = omega v + kappa u(z,t,t|y) + ... (Eq. 19)
+    u, du/dt = jvp of u(z, t, r) along (v, 1, 0)
+    target = stop(v - (t - r) du/dt)
+    minimise w |u - target|^2,  w = 1/stop(|u - target|^2 + c)^p
+sample: x = e - u(e, t=1, r=0);  in more steps: z_r = z_t - (t - r) u(z_t, t, r)
+"""
 
 from collections.abc import Callable
 

@@ -1,5 +1,12 @@
 """The phantom gradient as matrices: what the rules of `common.deq.grads` compute, written out for small dense problems.
 
+    forward:   z* = solve z = F(z, u), without autograd
+    exact:     dL/dtheta = g (I - J)^-1 P              # a second solve
+    unrolled:  z_0 = stop(z*);  z_{t+1} = tau F(z_t, u) + (1 - tau) z_t for k steps;  L(z_k).backward()
+    Neumann:   v_0 = g;  v_{t+1} = tau v_t J + (1 - tau) v_t
+               dL/dtheta = tau (v_0 + ... + v_{k-1}) P
+    k = 1, tau = 1: dL/dtheta = g P                    # one step
+
 Symbols as in the paper: J = dF/dz (d, d) and P = dF/dtheta (d, p) at the equilibrium, g = dL/dz a row (d,).
 """
 
@@ -40,8 +47,8 @@ def ascent_condition(jacobian: Tensor, parameters: Tensor, stand_in: Tensor) -> 
     jacobian (d, d), parameters P (d, p) with p >= d, stand_in A (d, p) for (I - J)^-1 P; scalars returned.
 
     Why: with h = g (I - J)^-1 and E = (I - J) A - P the inner product of g A with the exact gradient is
-    h P P^T h^T + h E P^T h^T >= |h|^2 (sigma_min^2 - ||E|| sigma_max). Theorem 1 of arXiv 2111.05177 (the constants are
-    from memory in our sheet; this derivation settles them).
+    h P P^T h^T + h E P^T h^T >= |h|^2 (sigma_min^2 - ||E|| sigma_max). arXiv 2111.05177, Theorem 1; the
+    constants are those of this derivation.
     """
     eye = torch.eye(len(jacobian), dtype=jacobian.dtype, device=jacobian.device)
     left = torch.linalg.matrix_norm((eye - jacobian) @ stand_in - parameters, 2)

@@ -1,4 +1,14 @@
-"""Pixel MeanFlow: improved MeanFlow on pixels, through a network that predicts images."""
+"""Pixel MeanFlow: improved MeanFlow on pixels, through a network that predicts images.
+
+u(z, t, r) = (z - net(z, t, r)) / max(t, t_floor)  # net predicts an image
+for x in data:
+    t, r ~ sampler, r <= t;  e ~ noise_scale N(0, I);  z = (1 - t) x + t e
+    v = (z - x) / max(t, t_floor), guided as in iMF
+    u, du/dt = jvp of u along (network's velocity, 1, 0);  V = u + (t - r) stop(du/dt)
+    minimise w |V - v|^2 + the same for the second head
+             + perceptual distance(z - t u, x) where t < threshold
+sample: x = net(e, t=1, r=0)
+"""
 
 from collections.abc import Callable
 

@@ -12,7 +12,7 @@ class Chains:
 
     IGNN (Gu et al., NeurIPS 2020), section 6; the defaults are the authors' file `load_citation_chain`: 2 classes x 20
     chains x 10 nodes, 100 features, no noise, 20 / 100 / 200 nodes for train / val / test, drawn by RandomState(42).
-    A node k steps down the chain can be told right by k steps of message passing and by no fewer.
+    A node k steps down the chain is classified by k steps of message passing and by no fewer.
 
     classes    classes, each with its own indicator feature, >= 2
     chains     chains per class, >= 1

@@ -1,4 +1,11 @@
-"""DEQ-INR: a network that is the signal, trained on its points; as an equilibrium, and its explicit counterparts."""
+"""DEQ-INR: a network that is the signal, trained on its points; as an equilibrium, and its explicit counterparts.
+
+z = 0                                              # one state per point of the signal
+for each step, over all points x with value y:
+    z = solve z = f(z, u(x)) from the last step's z, without autograd
+    z_k = three differentiable steps of f from stop(z)
+    minimise mean((H z_k + h - y)^2)
+"""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -210,7 +210,7 @@ def test_rows_with_r_zero_take_no_teacher_pass(spy, stage):
     teacher, student = raw.calls
     assert (student.x.shape[0], student.grad, student.training) == (256, True, True)
     assert (teacher.x.shape[0], teacher.grad, teacher.training) == (int(live.sum()), False, True)
-    share = {0: 0.189, 1: 0.414}.get(stage, 1.0)  # the sheet's table: 1 - P(r = 0)
+    share = {0: 0.189, 1: 0.414}.get(stage, 1.0)  # 1 - P(r = 0) under the CIFAR-10 times
     assert abs(live.float().mean() - share) < 0.08
     assert all(bool(torch.isfinite(call.noise_labels).all()) for call in raw.calls)
     torch.testing.assert_close(teacher.noise_labels, made.loss.t_to_r(t, stage)[live].log() / 4)

@@ -84,7 +84,7 @@ def test_times_are_spread_over_their_distribution():
         assert t.dtype == torch.float32 and (t.diff() > 0).all()
         rows.append(int((ect.published_r(t, 0) > 0).sum()))
     assert set(rows) == {1, 2}
-    assert abs(sum(rows) / len(rows) - 8 * (1 - 0.811)) < 0.1  # the sheet's share of r = 0 in stage 0
+    assert abs(sum(rows) / len(rows) - 8 * (1 - 0.811)) < 0.1  # the share of r = 0 in stage 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

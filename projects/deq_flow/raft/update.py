@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class UpdateBlock(nn.Module):
-    """f(h, c): look up the correlation around c, encode it with the flow, update h, move c by what h says.
+    """f(h, c): look up the correlation around c, encode it with the flow, update h, move c by the head's output for h.
 
     lookup    `projects.deq_flow.raft.correlation.AllPairs` or `OnDemand`: called with what its `prepare` gave, and c
     gather    GMA: gathers motion over the image with the attention given; None: RAFT
