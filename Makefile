@@ -35,13 +35,15 @@ $(STAMP): pyproject.toml
 demo: install ## install, then train a teacher and tune it into a one-step generator on real digits (2 cores, 8 minutes)
 	$(PY) -m projects.run +experiment=ect_tiny $(ARGS)
 
-test: install ## install, then all tests
+test: install lint type ## install, then lint, types and all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not net" $(ARGS)
 
-lint: install ## ruff
+lint: install ## ruff: rules and format
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check --quiet .
 
-type: install ## every file compiles
+type: install ## mypy over the packages that pyproject.toml names; every other file compiles
+	$(PY) -m mypy
 	$(PY) -m compileall -q common projects tools tests
 
 check: install ## compose, check and fake-run every experiment at its published depth
@@ -69,5 +71,5 @@ zoo: install ## render the tables in README.md and the cards
 	$(PY) -m tools.zoo
 
 clean: ## remove caches of Python and the tests; runs and weights stay
-	rm -rf .pytest_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find common projects tools tests -name __pycache__ -type d -exec rm -rf {} +

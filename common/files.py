@@ -65,7 +65,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 
 def write_error(path: str | os.PathLike, error: OSError) -> Exception:
     """The UserError for a failed write to `path`, or `error` itself when it is nothing a user can mend."""
-    reason = _REASONS.get(error.errno)
+    reason = _REASONS.get(error.errno or 0)
     if reason is None:
         return error
     kept = " The previous file is intact." if Path(path).is_file() else ""

@@ -181,7 +181,7 @@ def _same_layout(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
     return like_layout(x, x), like_layout(dx, x)
 
 
-RULES = {
+RULES: dict[Callable, Callable] = {
     **dict.fromkeys([F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d], _layer),
     **dict.fromkeys([torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm], _product),
     torch.Tensor.__matmul__: _product,

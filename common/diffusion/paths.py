@@ -12,6 +12,7 @@ Four predictions describe the same network (x data, e noise, z the noisy state):
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -334,7 +335,7 @@ to_data_time = from_data_time  # the map is its own inverse; two names so that c
 class VelocityFromDataTime:
     """Wraps a velocity network of a t = 1 is DATA dialect: `wrapped(z, t)` is canonical, t = 1 noise."""
 
-    velocity: object
+    velocity: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, z: Tensor, t: Tensor) -> Tensor:
         return -self.velocity(z, 1 - t)

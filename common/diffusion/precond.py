@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,8 +49,8 @@ class Preconditioner(nn.Module, ABC):
         self.dtype = dtype
 
     @property
-    def raw(self) -> nn.Module:
-        """The raw network."""
+    def raw(self) -> Any:
+        """The raw network, a module with img_resolution, in_channels and label_dim."""
         return getattr(self, self.slot)
 
     @property
@@ -265,6 +266,8 @@ class IDDPMPrecond(Preconditioner):
     model  predicts 2 x channels (noise and variance); the second half is not used by the denoiser
     The table is the buffer `u`, stored in official checkpoints under that name.
     """
+
+    u: Tensor
 
     def __init__(
         self, *, model: nn.Module, C1: float = 0.001, C2: float = 0.008, M: int = 1000, dtype: str = "float32"

@@ -266,11 +266,12 @@ class AverageVelocitySteps:
 
     def __post_init__(self):
         limits.whole("steps", self.steps, least=1)
-        grid = [1.0, *(self.times or ()), 0.0]
-        for time in grid[1:-1]:
+        inner = list(self.times or ())
+        grid = [1.0, *inner, 0.0]
+        for time in inner:
             limits.number("times", time)
         if any(not after < before for before, after in pairwise(grid)):
-            raise UserError(f"times must decrease and lie between 1 and 0, got {list(self.times)}. Set times=[0.5].")
+            raise UserError(f"times must decrease and lie between 1 and 0, got {inner}. Set times=[0.5].")
         if self.omega is not None:
             limits.number("omega", self.omega, least=1)
         limits.number("t_min", self.t_min, least=0, most=1)
@@ -293,8 +294,8 @@ class AverageVelocitySteps:
         if given and self.beyond:
             given["beyond"] = True
         x = z.to(torch.float64) * getattr(velocity, "noise_scale", 1.0)
-        for t, r in pairwise(grid):
-            t, r = (torch.full((x.shape[0],), time, dtype=x.dtype, device=x.device) for time in (t, r))
+        for times in pairwise(grid):
+            t, r = (torch.full((x.shape[0],), time, dtype=x.dtype, device=x.device) for time in times)
             x = x - append_dims(t - r, x) * velocity(x, t, r, **given).to(x.dtype)
         return x.to(z.dtype)
 

@@ -169,8 +169,9 @@ class ConsistencyLoss:
     ) -> Tensor:
         """Delta = f(x_t, t) - stopgrad f(x_r, r), (B, C, H, W); where r = 0 the target is y (or the ODE end point)."""
         x_t = y + eps * _on(t, y)
-        if self.sync_dropout and dropout_masks is None and hasattr(net, "draw_dropout"):
-            dropout_masks = net.draw_dropout(x_t)
+        draw_dropout = getattr(net, "draw_dropout", None)
+        if self.sync_dropout and dropout_masks is None and draw_dropout is not None:
+            dropout_masks = draw_dropout(x_t)
         labels = {"class_labels": class_labels, "augment_labels": augment_labels}
         teacher = net if teacher is None else teacher
         with _same_weights(net, teacher):
@@ -232,6 +233,7 @@ def _same_weights(*nets: nn.Module):
     """
     with ExitStack() as stack:
         for net in dict.fromkeys(nets):
-            if hasattr(net, "weights_normalized_once"):
-                stack.enter_context(net.weights_normalized_once())
+            normalized_once = getattr(net, "weights_normalized_once", None)
+            if normalized_once is not None:
+                stack.enter_context(normalized_once())
         yield

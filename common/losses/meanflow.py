@@ -177,7 +177,8 @@ class MeanFlowLoss:
                     return guided_velocity(v, net(z, t, t, class_labels=torch.zeros_like(labels)), omega=self.omega)
                 both = net(*(torch.cat([k, k]) for k in (z, t, t)),
                            class_labels=torch.cat([torch.zeros_like(labels), labels]))  # fmt: skip
-                return guided_velocity(v, *both.to(v.dtype).chunk(2), omega=self.omega, kappa=self.kappa)
+                v_uncond, v_cond = both.to(v.dtype).chunk(2)
+                return guided_velocity(v, v_uncond, v_cond, omega=self.omega, kappa=self.kappa)
 
         return _on_rows(compute, wanted, v, start.z, start.t, v, start.labels)
 
