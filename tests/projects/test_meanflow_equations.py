@@ -146,7 +146,7 @@ def test_bad_input_is_one_sentence():
         module(Affine(), time=reversed_pair).training_step(batch(), 0)
     with pytest.raises(UserError, match="guide by class"):
         module(Affine(label_dim=0), omega=2.0).training_step(batch(), 0)
-    with pytest.raises(UserError, match="kappa must be below 1"):
+    with pytest.raises(UserError, match="kappa must be >= 0 and < 1"):
         MeanFlowLoss(kappa=1.0)
     with pytest.raises(UserError, match="trained without it"):
         module(Affine()).generate(torch.arange(2), sampler=AverageVelocitySteps(omega=2.0), seed=0)

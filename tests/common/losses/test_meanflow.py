@@ -474,7 +474,7 @@ def test_bad_input_is_named():
     [
         (lambda: MeanFlowLoss(power=-1), "power must be >= 0"),
         (lambda: MeanFlowLoss(eps=0), "eps must be > 0"),
-        (lambda: MeanFlowLoss(kappa=1.0), "kappa must be below 1"),
+        (lambda: MeanFlowLoss(kappa=1.0), "kappa must be >= 0 and < 1"),
         (lambda: MeanFlowLoss(start=0.5, end=0.2), "end must be >= 0.5"),
         (lambda: MeanFlowLoss(tangent_t=math.nan), "tangent_t must be a number"),
         (lambda: ImprovedMeanFlowLoss(head="aux"), "head must be one of auxiliary, boundary"),
