@@ -40,6 +40,8 @@ class Point(NamedTuple):
     fz: Tensor
     gz: Tensor  # fn(z) - z
     residual: Tensor  # (B,) in the solver's stop mode
+    relative: Tensor  # (B,) ||gz|| / ||fz||, whatever the stop mode
+    size: Tensor  # (B,) ||fz||
     best: Tensor  # value the sample would return if it ended now
     running: Tensor  # (B,) bool: False for samples that have ended and only wait for the others
     lost: Tensor | None  # (B,) bool: samples to be sent back to their best state; None: known to be none
@@ -281,7 +283,7 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
     for number in range(1, last + 1):
         fz = problem(z)
         gz = fz - z
-        absolute, relative = _measure(fz, gz)
+        absolute, relative, size = _measure(fz, gz)
         residual, before = (relative, best_rel) if by_size else (absolute, best_abs)
         image = solver.finish(z, fz, gz)
         better = torch.isfinite(residual) if never else residual < before
@@ -317,12 +319,16 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
             whole = _write_back(whole, index, (best, best_abs, best_rel, evaluations, converged, state.get("extra")))
             keep = running.nonzero().squeeze(1)
             index = keep if index is None else index[keep]
-            moving = (z, fz, gz, best, best_abs, best_rel, floor, residual, evaluations, converged, running, lost)
+            moving = (
+                z, fz, gz, best, best_abs, best_rel, floor, residual, relative, size, evaluations, converged, running,
+                lost,
+            )  # fmt: skip
             *moving, state = take_rows((*moving, state), keep)
-            z, fz, gz, best, best_abs, best_rel, floor, residual, evaluations, converged, running, lost = moving
+            (z, fz, gz, best, best_abs, best_rel, floor, residual, relative, size, evaluations, converged, running,
+             lost) = moving  # fmt: skip
             problem.take(keep)
             frozen = False
-        moved = solver.step(problem, state, number, Point(z, fz, gz, residual, best, running, lost))
+        moved = solver.step(problem, state, number, Point(z, fz, gz, residual, relative, size, best, running, lost))
         if frozen and not (problem.known and problem.known[0] is moved):  # a search leaves them where they are
             moved = torch.where(running[:, None], moved, z)
         z = moved
@@ -355,12 +361,12 @@ def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, 
     )
 
 
-def _measure(fz: Tensor, gz: Tensor) -> tuple[Tensor, Tensor]:
-    """Absolute and relative residual, (B,) each."""
+def _measure(fz: Tensor, gz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Absolute residual, relative residual, norm of the image, (B,) each."""
     absolute = torch.linalg.vector_norm(gz, dim=1)
     size = torch.linalg.vector_norm(fz, dim=1)
     # 0 * size is not a number where the norm overflows, which must not look like a residual of 0
-    return absolute, torch.add(absolute / (size + EPS), size, alpha=0)
+    return absolute, torch.add(absolute / (size + EPS), size, alpha=0), size
 
 
 def _write_back(whole, index: Tensor | None, parts: tuple) -> tuple:

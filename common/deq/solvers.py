@@ -4,6 +4,7 @@ Everything is per sample: each row of the matrices (B, D) has its own history, s
 batch it is in. A solver's state is a dict of tensors with leading dimension B: rows can be taken out of it.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -105,15 +106,22 @@ class Anderson(Solver):
 
         min_a ||sum_i a_i g_i||^2, sum_i a_i = 1;    z <- sum_i a_i (tau f(z_i) + (1 - tau) z_i)
 
-    m          points remembered, >= 1; memory 2 m states. A new point takes the place of the one missed least: the
-               three newest stay (the m - 1 newest for m below 4), of the others that goes whose loss raises the mixed
-               residual least. (Dropping the oldest, as is usual, takes a median of 108 instead of 101 steps on
-               ten random maps of spectral radius .95, and 80 instead of 38.5 on ten symmetric ones of .99; D 256.)
-    ridge      share of itself added to each diagonal entry of the Gram matrix of the residuals, so relative to its
-               scale; None: the rounding unit of the state's type. (TorchDEQ adds an absolute 1e-4, which
-               switches the acceleration off near convergence: sheet, pitfall 4.)
-    safeguard  a sample whose residual exceeds the smallest since it last went back by this factor, or is not finite,
-               goes back to its best state, forgets its history; after RESTARTS of those a non-finite residual ends it
+    m          points remembered, >= 1; memory 2 m states
+    tau        damping in (0, 1]
+    ridge      share of itself added to each diagonal entry of the Gram matrix of the residuals, >= 0, so relative to
+               its scale; None: the rounding unit of the state's type
+    safeguard  > 1; a sample whose residual exceeds its smallest by this factor forgets all but its best and its newest
+               point. inf, the default: never, since mixing leads back to the best points by itself. A sample whose
+               residual is not finite always forgets everything and goes back to its best state; after RESTARTS of
+               those the next one ends it
+
+    Which point is replaced: one older than 3 m / 2 steps, else the one whose loss raises the mixed residual least. The
+    three newest stay (the m - 1 newest for m below 4). Dropping the oldest, as is usual, takes twice the steps on
+    symmetric maps; keeping a point for as long as its residual is small stalls on maps that are not normal.
+
+    Plain steps: a mixture is as good as the smallest residual remembered, and no better where the residual must grow
+    before it falls (maps that are not normal). A sample takes z <- tau f(z) + (1 - tau) z instead where its relative
+    residual is STALLED and mixing promises no GAIN, and goes on doing so while its state grows or its residual falls.
 
     One step updates one row and column of the Gram matrix: B m D products, and B solves of size m in double precision.
     """
@@ -121,10 +129,15 @@ class Anderson(Solver):
     m: int = 6
     tau: float = 1.0
     ridge: float | None = None
-    safeguard: float = 10.0
+    safeguard: float = math.inf
 
     RECENT = 3  # newest points that are never forgotten; with fewer, a symmetric map loses its three-term recurrence
     RESTARTS = 3
+    # The four numbers were chosen on the map families of `tools.bench deq`, see there. Relative residuals are meant.
+    STALLED = (0.7, 2)  # the residual has not fallen to this share within that many steps
+    GAIN = 0.4  # a mixed residual above this share of the smallest one remembered is no gain
+    GROWS, FALLS = 1.1, 0.9  # factors per step: plain steps go on while ||f(z)|| rises or the residual falls by these
+    FAR = (0.01, 0.1, 1.0)  # residuals: plain steps begin above the first, go on between the second and the third
 
     def __post_init__(self):
         super().__post_init__()
@@ -134,20 +147,25 @@ class Anderson(Solver):
         if self.ridge is not None and self.ridge < 0:
             raise UserError(f"solver.ridge must be >= 0 or null, got {self.ridge}. null is the rounding unit.")
         if not self.safeguard > 1:
-            raise UserError(
-                f"solver.safeguard must be > 1, got {self.safeguard}. 10 is the default, inf switches it off."
-            )
+            raise UserError(f"solver.safeguard must be > 1, got {self.safeguard}. inf, the default, switches it off.")
 
     def init(self, z):
         batch, width = z.shape
+        integers = torch.zeros(batch, dtype=torch.int64, device=z.device)
+        infinite = z.new_full((batch,), math.inf)
         return {
             "images": z.new_zeros(batch, self.m, width),
             "residuals": z.new_zeros(batch, self.m, width),
             "gram": torch.eye(self.m, dtype=torch.float64, device=z.device).expand(batch, -1, -1).clone(),
             "valid": None,  # (B, m) 0 or 1 once a sample has been cleared; None: every slot counts
-            "born": torch.zeros(batch, self.m, dtype=torch.int64, device=z.device),
-            "slot": torch.zeros(batch, dtype=torch.int64, device=z.device),  # where the next point goes
-            "restarts": torch.zeros(batch, dtype=torch.int64, device=z.device),
+            "born": torch.zeros(batch, self.m, dtype=torch.int64, device=z.device),  # step at which a slot was filled
+            "slot": integers,  # where the next point goes
+            "restarts": integers.clone(),  # because of a residual that was not finite
+            "reached": infinite,  # relative residual against which progress is measured,
+            "since": integers.clone(),  # and the steps since it was reached
+            "plain": integers.bool(),  # the last step was a plain one,
+            "size": infinite,  # ||f(z)|| and
+            "relative": infinite,  # relative residual at that step
         }
 
     def step(self, problem, state, number, point):
@@ -167,23 +185,32 @@ class Anderson(Solver):
             valid[at] = 1.0
             products = products * valid
         gram[at], gram[column] = products, products
+        plain = self.finish(point.z, point.fz, point.gz)
         if used == 1:
-            mixed = self.finish(point.z, point.fz, point.gz)
-        else:
-            weights, cost = self._weights(gram, valid, point.z.dtype)
-            if number >= self.m:
-                newest = born > number - min(self.RECENT, self.m - 1)
-                state["slot"] = cost.masked_fill(newest, float("inf")).argmin(1)
-            mixed = combine(weights, images)
-            if self.tau != 1:
-                mixed = mixed - (1 - self.tau) * combine(weights, residuals)
-        return mixed if point.lost is None else self._go_back(state, point, mixed)
+            return plain if point.lost is None else self._go_back(state, number, point, plain)
+        weights, cost, promised = self._weights(gram, valid, point.z.dtype)
+        if number >= self.m:
+            state["slot"] = self._forgotten(born, cost, number)
+        squares = gram.diagonal(dim1=1, dim2=2)
+        smallest = (squares if valid is None else squares.masked_fill(valid == 0, math.inf)).amin(1)
+        without_gain = promised > self.GAIN**2 * smallest
+        mixing = ~self._steps_plainly(state, point, without_gain)
+        following = torch.where(mixing[:, None], self._mix(state, weights), plain)
+        return following if point.lost is None else self._go_back(state, number, point, following)
 
-    def _weights(self, gram: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Mixing weights a (B, n), 0 for slots that do not count, sum 1; what forgetting each would cost (B, n).
+    def _mix(self, state: dict, weights: Tensor) -> Tensor:
+        """sum_i a_i (tau f(z_i) + (1 - tau) z_i) for weights a (B, n) -> (B, D)."""
+        mixed = combine(weights, state["images"][:, : weights.shape[1]])
+        if self.tau == 1:
+            return mixed
+        return mixed - (1 - self.tau) * combine(weights, state["residuals"][:, : weights.shape[1]])
 
-        With P the inverse of the Gram matrix, a = P 1 / (1^T P 1); without entry j the least squared residual grows
-        by a factor 1 / (1 - a_j^2 (1^T P 1) / P_jj), so a_j^2 / P_jj ranks the entries.
+    def _weights(self, gram: Tensor, valid: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights a (B, n), 0 for slots that do not count; cost of forgetting each (B, n); the mixed residual squared.
+
+        With P the inverse of the Gram matrix G, a = P 1 / (1^T P 1) minimises a^T G a, and the minimum, the squared
+        mixed residual, is 1 / (1^T P 1). Without entry j the minimum grows by a factor 1 / (1 - a_j^2 (1^T P 1) /
+        P_jj), so a_j^2 / P_jj ranks the entries.
         """
         ridge = torch.finfo(dtype).eps if self.ridge is None else self.ridge
         gram = gram.clone()
@@ -192,20 +219,59 @@ class Anderson(Solver):
         # the sum rounds alike in both: that one sample was cleared must not show in the others
         raw = (inverse if valid is None else inverse * valid.unsqueeze(1)).sum(2)
         cost = raw * raw / inverse.diagonal(dim1=1, dim2=2)
-        return (raw / raw.sum(dim=1, keepdim=True)).to(dtype), cost
+        total = raw.sum(dim=1, keepdim=True)
+        return (raw / total).to(dtype), cost, total.reciprocal().squeeze(1)
 
-    def _go_back(self, state: dict, point, mixed: Tensor) -> Tensor:
-        """The next point where some samples are lost: those restart from their best state and remember nothing."""
+    def _forgotten(self, born: Tensor, cost: Tensor, number: int) -> Tensor:
+        """(B,) slot whose point makes room for the next: the oldest if it is too old, else the one of least cost."""
+        newest = born > number - min(self.RECENT, self.m - 1)
+        age = number - born
+        cost = torch.where(age >= 3 * self.m // 2, -age.double(), cost)  # a cost is never negative
+        return cost.masked_fill(newest, math.inf).argmin(1)
+
+    def _steps_plainly(self, state: dict, point, without_gain: Tensor) -> Tensor:
+        """(B,) bool: samples whose next step is the plain one; keeps the record it is decided by."""
+        share, steps = self.STALLED
+        begin, low, high = self.FAR
+        relative, size = point.relative, point.size
+        fell = relative < share * state["reached"]
+        state["reached"] = torch.where(fell, relative, state["reached"])
+        state["since"] = torch.where(fell, 0, state["since"] + 1)
+        begins = (state["since"] >= steps) & without_gain & (relative > begin)
+        moving = (size > self.GROWS * state["size"]) | (relative < self.FALLS * state["relative"])
+        goes_on = state["plain"] & moving & (relative > low) & (relative < high)
+        state["plain"], state["size"], state["relative"] = begins | goes_on, size, relative
+        return state["plain"]
+
+    def _go_back(self, state: dict, number: int, point, following: Tensor) -> Tensor:
+        """The next point where some samples are lost: of those, all points but the best and the newest are forgotten.
+
+        Where the newest is not finite, everything is, and the sample goes on from its best state.
+        """
         if state["valid"] is None:
-            state["valid"] = torch.ones_like(state["gram"][:, 0])
-        state["restarts"] += point.lost
+            state["valid"] = torch.zeros_like(state["gram"][:, 0])
+            state["valid"][:, : min(number, self.m)] = 1.0
+        rows = torch.arange(len(following), device=following.device)
+        finite = torch.isfinite(point.residual)
+        squares = state["gram"].diagonal(dim1=1, dim2=2).masked_fill(state["valid"] == 0, math.inf)
+        kept = torch.zeros_like(state["valid"], dtype=torch.bool)
+        kept[rows, squares.argmin(1)] = True
+        kept |= state["born"] == number
+        kept = torch.where(point.lost[:, None], kept & finite[:, None], True)
         for name in ("images", "residuals", "valid"):  # a zero weight would not hide what is not finite
-            state[name][point.lost] = 0.0
-        one = torch.eye(self.m, dtype=torch.float64, device=mixed.device)
-        state["gram"] = torch.where(point.lost[:, None, None], one, state["gram"])
-        return torch.where(point.lost[:, None], point.best, mixed)
+            state[name][~kept] = 0.0
+        pairs = kept[:, :, None] & kept[:, None, :]
+        state["gram"] = torch.where(pairs, state["gram"], torch.eye(self.m, dtype=torch.float64, device=rows.device))
+        state["restarts"] += point.lost & ~finite
+        state["reached"] = state["reached"].masked_fill(point.lost, math.inf)
+        state["plain"] = state["plain"] & ~point.lost
+        two = self._mix(state, self._weights(state["gram"], state["valid"], following.dtype)[0])
+        again = torch.where((finite & (kept.sum(1) > 1))[:, None], two, point.best)
+        return torch.where(point.lost[:, None], again, following)
 
     def lost(self, residual, floor):
+        if math.isinf(self.safeguard):
+            return ~torch.isfinite(residual)
         return ~(residual < self.safeguard * floor)
 
     def terminate(self, state, residual):

@@ -14,9 +14,10 @@ from common.deq.grads import Backprop, Implicit, Neumann, OneStep, Unrolled
 from common.deq.solve import solve
 from common.deq.solvers import Anderson, Broyden, NewtonKrylov, Picard
 from common.errors import UserError
+from tools.fixed_points import FAMILIES, measure, textbook
 
 SAYS = """\
-Solvers of common/deq against the algorithms as in the textbook, restated in this file (plain iteration; Anderson with
+Solvers of common/deq against the algorithms as in the textbook (tools/fixed_points.py: plain iteration; Anderson with
 an absolute ridge of 1e-4, the Gram matrix from scratch at each step, the oldest point dropped; good Broyden as a sum of
 rank-one terms; all three stop when the worst sample of the batch has converged).
   random .95       z -> A z + b, D 256, B 8, Gaussian A of spectral radius .95, relative residual 1e-5
@@ -25,13 +26,19 @@ rank-one terms; all three stop when the worst sample of the batch has converged)
   tanh             tanh(W z + x), D 512, B 32, W of norm 1.5, relative residual 1e-5: time and error
   spread           64 linear maps of radius .5 to .955 in one batch (the slowest needs 15 times the steps of the
                    fastest), relative residual 1e-5, with and without taking finished samples out of the batch
+  families         maps of many kinds (tools/fixed_points.py:FAMILIES, where each is described), five of each: median
+                   over all samples of the evaluations until the tolerance is met, share that met it in percent,
+                   smallest relative residual (geometric mean), and the ratio of the evaluations, or of the residuals
+                   where none of the first three variants brings half of the samples there, to the best of those
   gradient         rules on a tanh layer (D 512, B 32) at its fixed point against the dense solve in double: relative
                    error and cosine of dL/dW; the time is forward and backward, without the solve
 evaluations: calls of the map until the last sample has converged; sample evals: what they cost in samples; error: worst
 relative distance from the true solution. The first variant of a case is what its ratios refer to."""
 
-CASES = ("random .95", "symmetric .99", "overhead", "tanh", "spread", "gradient")
+CASES = ("random .95", "symmetric .99", "overhead", "tanh", "spread", "families", "gradient")
+FAMILY = "family "  # the case "families" is one case per family, called so and by its name
 TEXTBOOK = ("textbook picard", "textbook anderson", "textbook broyden")
+REFERENCES = ("textbook picard", "textbook anderson", "textbook anderson, relative ridge")  # of the families
 OURS = {
     "picard": lambda **o: Picard(**o),
     "anderson": lambda **o: Anderson(**o),
@@ -70,6 +77,8 @@ def variants_of(case: str, options: argparse.Namespace) -> list[str]:
     """The variants a case is measured with, its baseline first."""
     if case == "gradient":
         return list(RULES)
+    if case.startswith(FAMILY):
+        return [*REFERENCES, "anderson", "anderson m=10", "broyden"]
     if case == "spread":
         return [f"{solver}, {how}" for solver in ("picard", "anderson", "broyden") for how in SPREAD]
     if case == "overhead":
@@ -80,7 +89,8 @@ def variants_of(case: str, options: argparse.Namespace) -> list[str]:
 def cases(options: argparse.Namespace) -> list[str]:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device. Use --device cpu.")
-    return list(options.only)
+    families = [FAMILY + name for name in FAMILIES]
+    return [case for only in options.only for case in (families if only == "families" else [only])]
 
 
 def make(variant: str, options: argparse.Namespace) -> Callable[[str, int], dict]:
@@ -88,7 +98,9 @@ def make(variant: str, options: argparse.Namespace) -> Callable[[str, int], dict
 
     def step(case: str, repeat: int) -> dict:
         if case not in problems:
-            problems[case] = PROBLEMS[case](options.seed, options.device)
+            family = case.removeprefix(FAMILY)
+            known = PROBLEMS.get(case)
+            problems[case] = known(options.seed, options.device) if known else Family(family, options.seed)
         return problems[case](variant)
 
     return step
@@ -200,6 +212,34 @@ class Spread:
         return {"evaluations": float(found.evaluations.max()), "sample evals": float(found.samples)}
 
 
+class Family:
+    """Five maps of a family, on the CPU: evaluations to the tolerance, and the ratio to the best of REFERENCES."""
+
+    MAPS = 5
+
+    def __init__(self, name: str, seed: int):
+        self.maps = [FAMILIES[name](seed + number) for number in range(self.MAPS)]
+        references = [self.measured(variant) for variant in REFERENCES]
+        self.evaluations = min(each["evaluations"] for each in references)
+        self.residual = min(each["smallest residual"] for each in references)
+
+    def measured(self, variant: str) -> dict:
+        solver = variant.removeprefix("textbook ") if variant in REFERENCES else OURS[variant]()
+        runs = [measure(problem, solver) for problem in self.maps]
+        reached, smallest = (torch.cat([run[part] for run in runs]).double() for part in (0, 1))
+        return {
+            "evaluations": float(reached.median()),
+            "converged %": float(reached.isfinite().double().mean()) * 100,
+            "smallest residual": float(smallest.clamp_min(1e-30).log().mean().exp()),
+        }
+
+    def __call__(self, variant: str) -> dict:
+        found = self.measured(variant)
+        steps = self.evaluations < float("inf")
+        of_best = found["evaluations"] / self.evaluations if steps else found["smallest residual"] / self.residual
+        return {**found, "ratio to best": of_best}
+
+
 class Gradients:
     """dL/dW of L = sum(z * c) by each rule at the fixed point, against the dense solve in double precision."""
 
@@ -240,70 +280,3 @@ PROBLEMS = {
     "spread": Spread,
     "gradient": Gradients,
 }
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The textbook
-
-
-def textbook(name: str, f: Callable, z: Tensor, *, max_iter: int, tol: float) -> Tensor:
-    """The state with the smallest residual of the whole batch; `max_iter` evaluations at most."""
-    return {"picard": textbook_picard, "anderson": textbook_anderson, "broyden": textbook_broyden}[name](
-        f, z, max_iter, tol
-    )
-
-
-def relative(g: Tensor, fz: Tensor) -> Tensor:
-    return g.norm(dim=1) / (fz.norm(dim=1) + 1e-9)
-
-
-def textbook_picard(f: Callable, z: Tensor, max_iter: int, tol: float) -> Tensor:
-    for _ in range(max_iter):
-        before, z = z, f(z)
-        if relative(z - before, z).max() < tol:
-            break
-    return z
-
-
-def textbook_anderson(f: Callable, z: Tensor, max_iter: int, tol: float, m: int = 6, ridge: float = 1e-4) -> Tensor:
-    """Walker and Ni (2011) in the form with a Lagrange multiplier, per sample."""
-    batch, width = z.shape
-    points, images = z.new_zeros(batch, m, width), z.new_zeros(batch, m, width)
-    points[:, 0], images[:, 0] = z, f(z)
-    points[:, 1], images[:, 1] = images[:, 0], f(images[:, 0])
-    system = z.new_zeros(batch, m + 1, m + 1)
-    system[:, 0, 1:] = system[:, 1:, 0] = 1
-    right = z.new_zeros(batch, m + 1, 1)
-    right[:, 0] = 1
-    fz = images[:, 1]
-    for k in range(2, max_iter):
-        n = min(k, m)
-        g = images[:, :n] - points[:, :n]
-        system[:, 1 : n + 1, 1 : n + 1] = g @ g.transpose(1, 2) + ridge * torch.eye(n, device=z.device)
-        weights = torch.linalg.solve(system[:, : n + 1, : n + 1], right[:, : n + 1])[:, 1:, 0]
-        z = (weights[:, None] @ images[:, :n])[:, 0]
-        fz = f(z)
-        points[:, k % m], images[:, k % m] = z, fz
-        if relative(fz - z, fz).max() < tol:
-            break
-    return fz
-
-
-def textbook_broyden(f: Callable, z: Tensor, max_iter: int, tol: float) -> Tensor:
-    """Good Broyden (1965), the inverse as -I + sum_j u_j v_j^T, every term kept."""
-    batch, width = z.shape
-    u, v = z.new_zeros(batch, width, max_iter), z.new_zeros(batch, max_iter, width)
-    inverse = lambda x, n: -x + torch.einsum("bdn,bn->bd", u[:, :, :n], torch.einsum("bnd,bd->bn", v[:, :n], x))
-    transposed = lambda x, n: -x + torch.einsum("bnd,bn->bd", v[:, :n], torch.einsum("bdn,bd->bn", u[:, :, :n], x))
-    g = f(z) - z
-    step = g
-    for n in range(max_iter):
-        z = z + step
-        g_new = f(z) - z
-        if relative(g_new, g_new + z).max() < tol:
-            break
-        change, g = g_new - g, g_new
-        row = transposed(step, n)
-        u[:, :, n] = (step - inverse(change, n)) / (row * change).sum(1, keepdim=True)
-        v[:, n] = row
-        step = -inverse(g, n + 1)
-    return z
