@@ -8,6 +8,7 @@ Every rule here replaces (I - J)^-1 P by something computable: On Training Impli
 The solution enters as a constant, so a gradient with respect to z0 is zero for every rule but `Backprop`.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from common.deq.recompute import AsBefore, mem_gc
@@ -212,8 +214,8 @@ class Implicit(Gradient):
 
     report     Solution of the last backward solve; `on_report(solution)` is called with each when set
 
-    Exact when both solves converge. Memory: the graph of one evaluation, independent of both solvers' steps.
-    Second derivatives are refused with an error.
+    Exact when both solves converge; a backward solve that diverges warns, unless its solver has stop=never. Memory: the
+    graph of one evaluation, independent of both solvers' steps. Second derivatives are refused with an error.
     """
 
     def __init__(self, *, solver: Solver = BACKWARD, recompute: bool = False, throw: bool = False):
@@ -233,9 +235,17 @@ class Implicit(Gradient):
         start = torch.where(finite, grad, 0.0)
         found = solve(lambda y: vjp(y) + start, start, solver=self.solver, throw=self.throw)
         self.report = found.detached()
+        self._warn_of_divergence(self.report)
         if self.on_report is not None:
             self.on_report(self.report)
         return torch.where(finite, found.z, grad)
+
+    def _warn_of_divergence(self, report: Solution) -> None:
+        # a solver with stop="never" never synchronises, so nothing is read here either
+        if self.solver.stop == "never" or not self.solver.max_iter or isinstance(report.converged, FakeTensor):
+            return
+        if not bool(report.converged.all()) and report.diverged():
+            warnings.warn(f"The backward solve failed: {report.message}", stacklevel=3)
 
 
 class Shine(Gradient):

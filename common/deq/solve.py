@@ -1,4 +1,4 @@
-"""The one loop behind every equilibrium: evaluate, measure, remember the best, let finished samples go, step.
+"""The one loop behind every equilibrium: evaluate, measure, keep the best state, drop ended samples, step.
 
     z* = fn(z*, x)
 
@@ -9,42 +9,30 @@ calls the residual f(z) - z and stops on its norm, absolute or relative to ||f(z
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from common.deq.rows import Rows
+from common.deq.solution import Solution
 from common.deq.structure import Layout, State, take_rows
-from common.errors import UserError
+from common.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from common.deq.solvers import Solver
 
-EPS = 1e-9  # keeps the relative residual defined where fn(z) = 0
+EPS = 1e-9  # of TorchDEQ's relative residual, read by its facade; ours needs none
 LEAVE_BELOW = 0.8  # rows are taken out once at most this share of them still runs: copying the rest pays off then
 
 
 class NotConverged(UserError):
     """`solve(..., throw=True)` ended without a fixed point for every sample."""
-
-
-class Point(NamedTuple):
-    """What a solver's step sees; all (B, D) or (B,), rows = samples still in the batch."""
-
-    z: Tensor
-    fz: Tensor
-    gz: Tensor  # fn(z) - z
-    residual: Tensor  # (B,) in the solver's stop mode
-    relative: Tensor  # (B,) ||gz|| / ||fz||, whatever the stop mode
-    size: Tensor  # (B,) ||fz||
-    best: Tensor  # value the sample would return if it ended now
-    running: Tensor  # (B,) bool: False for samples that have ended and only wait for the others
-    lost: Tensor | None  # (B,) bool: samples to be sent back to their best state; None: known to be none
 
 
 class Problem:
@@ -99,98 +87,6 @@ class Problem:
         self.args = take_rows(self.args, rows)
 
 
-@dataclass
-class Solution:
-    """What `solve` found. All (B,) tensors are in the order of the batch, whoever left it first.
-
-    z             state of the structure of z0: of each sample the one with the smallest residual that was finite
-    converged     (B,) bool: the residual of the solver's stop mode reached its tolerance
-    residual_abs  (B,) ||fn(z) - z||, measured where z was found
-    residual_rel  (B,) the same over ||fn(z)||
-    steps         (B,) int: steps taken by the sample
-    evaluations   (B,) int: evaluations of fn the sample needed, Jacobian products and line searches included
-    calls         int: how often fn was called, whatever the size of the batch
-    samples       int: samples those calls evaluated; B * calls without compaction
-    states        list of states at the positions asked for
-    trajectory    list of the points fn was evaluated at (opt-in), else None
-    stop, tol     of the solver
-    trace         [(rows or None, abs, rel residual of those)] per evaluation; see `residual_trace`
-    backward      Solution of the last backward solve, set by gradient rules that have one
-    """
-
-    z: State
-    converged: Tensor
-    residual_abs: Tensor
-    residual_rel: Tensor
-    steps: Tensor
-    evaluations: Tensor
-    calls: int
-    samples: int
-    stop: str
-    tol: float
-    max_iter: int
-    states: list[State] = field(default_factory=list)
-    trajectory: list[State] | None = None
-    trace: list[tuple[Tensor | None, Tensor, Tensor]] = field(default_factory=list)
-    solver_state: dict | None = None
-    backward: Solution | None = None
-
-    @property
-    def residual(self) -> Tensor:
-        """(B,) residual of the stop mode."""
-        return self.residual_abs if self.stop == "abs" else self.residual_rel
-
-    @property
-    def residual_trace(self) -> tuple[Tensor, Tensor]:
-        """Absolute and relative residual after each evaluation, (B, N) each; who left keeps the last value."""
-        rows = len(self.steps)
-        filled = [torch.full((2, rows), float("nan"), dtype=self.residual_abs.dtype, device=self.steps.device)]
-        for index, absolute, relative in self.trace:
-            measured = torch.stack([absolute, relative])
-            filled.append(measured if index is None else filled[-1].index_copy(1, index, measured))
-        if len(filled) == 1:
-            empty = self.residual_abs.new_empty(rows, 0)
-            return empty, empty
-        both = torch.stack(filled[1:], dim=2)
-        return both[0], both[1]
-
-    @property
-    def message(self) -> str:
-        """One sentence: how it ended, and what to change when it did not converge. Reads the device."""
-        rows = len(self.steps)
-        if rows == 0:
-            return "The batch is empty."
-        failed = rows - int(self.converged.sum())
-        if not failed:
-            return f"All {rows} samples converged within {int(self.steps.max())} steps."
-        if self.max_iter == 0:
-            return "No steps were asked for (max_iter=0): the initial state is returned unmeasured."
-        worst = self.residual[~self.converged]
-        if self._diverged():
-            return (
-                f"{failed} of {rows} samples diverged: the map is no contraction along the path taken. Damp it (tau < 1"
-                f"), normalise its weights (common.deq.layers), start nearer, or use Broyden or NewtonKrylov."
-            )
-        return (
-            f"{failed} of {rows} samples did not reach {self.stop} residual {self.tol:g} in {self.max_iter} steps "
-            f"(worst {float(worst.max()):.2g}). Raise max_iter or tol, or use Anderson, Broyden or NewtonKrylov."
-        )
-
-    def _diverged(self) -> bool:
-        """A sample that did not converge ended non-finite or ten times above its first residual."""
-        if not self.trace:
-            return not bool(torch.isfinite(self.residual_abs).all())
-        trace = self.residual_trace[0][~self.converged]
-        return not bool((trace[:, -1] <= 10 * trace[:, 0]).all())
-
-    def detached(self) -> Solution:
-        """The same record without z, states and solver state: numbers only, nothing that holds a graph."""
-        return Solution(
-            None, self.converged, self.residual_abs, self.residual_rel, self.steps, self.evaluations, self.calls,
-            self.samples, self.stop, self.tol, self.max_iter, trace=self.trace, backward=self.backward,
-        )  # fmt: skip
-
-
 def solve(
     fn: Callable,
     z0: State,
@@ -203,6 +99,7 @@ def solve(
     compact: bool = True,
     check_every: int = 1,
     throw: bool = False,
+    **unknown,
 ) -> Solution:
     """A fixed point z = fn(z, *args) per sample, from z0.
 
@@ -223,8 +120,10 @@ def solve(
     The solve itself runs without autograd. A sample's path does not depend on the others: what is not finite in one
     never reaches another, and ends that sample alone. Deterministic: draws nothing.
     Memory beside fn: the state about five times, plus the solver's history (see the solver).
-    Raises UserError for a z0 that is not finite, fn changing shape or structure, args of another batch size.
+    Raises UserError for a z0 that is not finite, fn changing shape or structure, args of another batch size, a solver
+    or gradient rule given by name, unknown keywords.
     """
+    _check_objects(solver, grad, unknown)
     layout = Layout.of(z0)
     z = layout.pack(z0).detach()
     static = isinstance(z, FakeTensor)  # shapes only: nothing can be tested, every step is taken
@@ -264,115 +163,83 @@ def _check(z: Tensor, args, states_at, check_every: int, steps: int, static: boo
         raise UserError("z0 is not finite. Start from a finite state, for example zeros.")
 
 
+def _check_objects(solver, grad, unknown: dict) -> None:
+    if unknown:
+        name = next(iter(unknown))
+        known = [option for option in inspect.signature(solve).parameters if option != "unknown"]
+        where = f"It is a setting of the solver: {type(solver).__name__}({name}=...). " if hasattr(solver, name) else ""
+        raise UserError(f"solve has no argument {name!r}. {where or nearest(name, known)}It takes {', '.join(known)}.")
+    _check_object("solver", solver, "step", "Anderson()")
+    if grad is not None:
+        _check_object("grad", grad, "attach", "OneStep()")
+
+
+def _check_object(argument: str, value: object, method: str, example: str) -> None:
+    if isinstance(value, type) or not hasattr(value, method):
+        shown = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+        raise UserError(
+            f"{argument} must be an object of common.deq.{argument}s, got {shown}. Pass an object such as {example}."
+        )
+
+
 def _iterate(problem, z, solver, *, states_at, trajectory, static, check_every, compact) -> Solution:
-    batch, device = len(z), z.device
-    by_size, never = solver.stop != "abs", solver.stop == "never"
-    best, best_abs = z, z.new_full((batch,), float("inf"))
-    best_rel = floor = best_abs  # floor: smallest absolute one since the sample last went back
-    evaluations = torch.zeros(batch, dtype=torch.int64, device=device)  # of the samples that have ended
-    converged = torch.zeros(batch, dtype=torch.bool, device=device)
-    running = ~converged
-    index = None  # rows of the whole batch still here; None: all
-    whole = None  # the parts (see below) of the whole batch, once rows have left it
-    state = solver.init(z)
-    trace, snapshots, points = [], [], []
     lead = 0 if solver.returns_image else 1  # a point is measured one evaluation after the step that made it
-    last = solver.max_iter + lead if batch and solver.max_iter else 0
-    number, frozen, left = 0, False, batch  # frozen: some rows have ended and wait
-
+    last = solver.max_iter + lead if len(z) and solver.max_iter else 0
+    untested = static or solver.stop == "never"
+    rows, whole = Rows.at(z, solver.init(z)), None  # whole: results in input order, once rows have left
+    trace, snapshots, points = [], [], []
+    number = 0
     for number in range(1, last + 1):
-        fz = problem(z)
-        gz = fz - z
-        absolute, relative, size = _measure(fz, gz)
-        residual, before = (relative, best_rel) if by_size else (absolute, best_abs)
-        image = solver.finish(z, fz, gz)
-        better = torch.isfinite(residual) if never else residual < before
-        looks = not (never or static or number % check_every)
-        lost = None
-        if looks and not frozen and bool((better & (residual > solver.tol)).all()):
-            # the usual step: everybody improves and goes on
-            best, best_abs, best_rel, floor = image, absolute, relative, absolute
-        else:
-            best = torch.where(better[:, None], image, best)
-            best_abs = torch.where(better, absolute, best_abs)
-            best_rel = torch.where(better, relative, best_rel)
-            if not (never or static):
-                ended, failed = solver.terminate(state, residual)
-                stopping = running & (ended | failed)
-                converged = converged | (ended & running)
-                evaluations = torch.where(stopping, number, evaluations)
-                running = running & ~stopping
-                lost, frozen = solver.lost(absolute, floor), True
-                if lost is not None:
-                    floor = torch.where(lost, float("inf"), torch.minimum(floor, absolute))
+        looks = not (untested or number % check_every)
+        rows.evaluate(problem, solver)
+        if not (looks and rows.all_go_on(solver.tol)):
+            rows.measure_small_states(solver, ask=looks and check_every == 1)
+            rows.keep_better()
+            if not untested:
+                rows.end(solver, number)
             if looks:
-                left, astray = torch.stack([running, running if lost is None else lost & running]).sum(1).tolist()
-                lost, frozen = lost if lost is not None and astray else None, left < len(running)
-        trace.append((index, absolute, relative))
+                rows.count()
+        trace.append((rows.index, rows.absolute, rows.relative))
         if trajectory:
-            points.append((index, z))
+            points.append((rows.index, rows.z))
         if number - lead in states_at:
-            snapshots.append((number - lead, index, best))
-        if left == 0 or number == last:
+            snapshots.append((number - lead, rows.index, rows.best))
+        if rows.going == 0 or number == last:
             break
-        if compact and frozen and looks and left <= LEAVE_BELOW * len(running):
-            whole = _write_back(whole, index, (best, best_abs, best_rel, evaluations, converged, state.get("extra")))
-            keep = running.nonzero().squeeze(1)
-            index = keep if index is None else index[keep]
-            moving = (
-                z, fz, gz, best, best_abs, best_rel, floor, residual, relative, size, evaluations, converged, running,
-                lost,
-            )  # fmt: skip
-            *moving, state = take_rows((*moving, state), keep)
-            (z, fz, gz, best, best_abs, best_rel, floor, residual, relative, size, evaluations, converged, running,
-             lost) = moving  # fmt: skip
+        if compact and looks and rows.waiting and rows.going <= LEAVE_BELOW * len(rows.running):
+            whole = rows.written_into(whole)
+            keep = rows.running.nonzero().squeeze(1)
+            rows = rows.take(keep)
             problem.take(keep)
-            frozen = False
-        moved = solver.step(problem, state, number, Point(z, fz, gz, residual, relative, size, best, running, lost))
-        if frozen and not (problem.known and problem.known[0] is moved):  # a search leaves them where they are
-            moved = torch.where(running[:, None], moved, z)
-        z = moved
+        rows.step(problem, solver, number)
+    rows.evaluations = torch.where(rows.running, number, rows.evaluations)
+    return _solution(problem, solver, rows.written_into(whole), rows.state, trace, snapshots, states_at,
+                     points if trajectory else None, lead)  # fmt: skip
 
-    evaluations = torch.where(running, number, evaluations)
-    parts = (best, best_abs, best_rel, evaluations, converged, state.get("extra"))
-    best, best_abs, best_rel, evaluations, converged, extra = _write_back(whole, index, parts)
-    if never and batch:
-        converged = best_rel <= solver.tol
-    layout = problem.layout
+
+def _solution(problem, solver, results, state, trace, snapshots, states_at, points, lead) -> Solution:
+    """The record of a solve; snapshots [(position, rows, best)] and points [(rows, z)] as the loop kept them."""
+    best, unpack = results["best"], problem.layout.unpack
+    never = solver.stop == "never"
     spread = lambda rows, part: part if rows is None else best.index_copy(0, rows, part)
-    states = {position: layout.unpack(spread(rows, part)) for position, rows, part in snapshots}
-    z_best = layout.unpack(best)
+    states = {position: unpack(spread(rows, part)) for position, rows, part in snapshots}
+    z = unpack(best)
+    converged = results["best_rel"] <= solver.tol if never and len(best) else results["converged"]
     return Solution(
-        z=z_best,
+        z=z,
         converged=converged,
-        residual_abs=best_abs,
-        residual_rel=best_rel,
-        steps=(evaluations - lead).clamp_(min=0),
-        evaluations=evaluations if extra is None else evaluations + extra,
+        residual_abs=results["best_abs"],
+        residual_rel=results["best_rel"],
+        steps=(results["evaluations"] - lead).clamp_(min=0),
+        evaluations=results["evaluations"] + results.get("extra", 0),
         calls=problem.calls,
         samples=problem.samples,
         stop="rel" if never else solver.stop,
         tol=solver.tol,
         max_iter=solver.max_iter,
-        states=[states.get(position, z_best) for position in states_at],
-        trajectory=[layout.unpack(spread(rows, part)) for rows, part in points] if trajectory else None,
+        states=[states.get(position, z) for position in states_at],
+        trajectory=None if points is None else [unpack(spread(rows, part)) for rows, part in points],
         trace=trace,
         solver_state=state,
-    )
-
-
-def _measure(fz: Tensor, gz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Absolute residual, relative residual, norm of the image, (B,) each."""
-    absolute = torch.linalg.vector_norm(gz, dim=1)
-    size = torch.linalg.vector_norm(fz, dim=1)
-    # 0 * size is not a number where the norm overflows, which must not look like a residual of 0
-    return absolute, torch.add(absolute / (size + EPS), size, alpha=0), size
-
-
-def _write_back(whole, index: Tensor | None, parts: tuple) -> tuple:
-    """The parts of the rows still here put into their places of the whole batch."""
-    if index is None:
-        return parts
-    return tuple(
-        None if part is None else old.index_copy(0, index, part) for old, part in zip(whole, parts, strict=True)
+        z_is_image=solver.returns_image,
     )

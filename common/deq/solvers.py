@@ -6,7 +6,7 @@ batch it is in. A solver's state is a dict of tensors with leading dimension B: 
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from common.errors import UserError, nearest
 
 STOPS = ("rel", "abs", "never")
 TINY = 1e-150  # keeps the Gram matrix of exact points invertible; in double, far below any entry that counts
+
+
+class UnknownSetting(UserError, TypeError):
+    """A keyword that the solver does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,15 @@ class Solver(ABC):
     # and max_iter steps take max_iter evaluations. False: the point itself, and one evaluation more measures the last.
     returns_image = True
 
+    def __new__(cls, *args, **settings):
+        unknown = settings.keys() - {each.name for each in fields(cls)}
+        if unknown:
+            known, name = [each.name for each in fields(cls)], sorted(unknown)[0]
+            raise UnknownSetting(
+                f"{cls.__name__} has no setting {name!r}. {nearest(name, known)}Its settings are {', '.join(known)}."
+            )
+        return super().__new__(cls)
+
     def __post_init__(self):
         if self.max_iter < 0:
             raise UserError(f"solver.max_iter must be >= 0, got {self.max_iter}. Set it to the number of steps.")
@@ -54,7 +67,7 @@ class Solver(ABC):
 
     @abstractmethod
     def step(self, problem, state: dict[str, Tensor], number: int, point) -> Tensor:
-        """The next point (B, D) after evaluation `number` (from 1) at `point` (`common.deq.solve.Point`)."""
+        """The next point (B, D) after evaluation `number` (from 1) at `point` (`common.deq.rows.Point`)."""
 
     def terminate(self, state: dict[str, Tensor], residual: Tensor) -> tuple[Tensor, Tensor]:
         """(converged, failed), (B,) bool each. Asked unless every residual is above tol and smaller than before."""
@@ -361,41 +374,52 @@ class Broyden(Solver):
     def _remember(self, state: dict[str, Tensor], pair: int, used: int, point) -> None:
         """Put step number `pair`, which led to the point, into the history: in the oldest one's place when it is full.
 
+        Let s be the step, y the change of g over it, a = s + y, and P = M^-1 of the pairs remembered before. Forgetting
+        pair k removes its row and column from M. Of the inverse that leaves, by the Schur complement,
+
+            P <- P - P_:k P_k: / P_kk                               (its row and column k become zero)
+
+        The new pair adds the column c_i = s_i . y, the row r_j = s . (y_j + s_j) = a_j . s and the corner d = s . y:
+
+            M' = [ M  c ]        P' = [ P + P c r P / t   -P c / t ]
+                 [ r  d ]             [     -r P / t          1 / t ]        with t = d - r P c
+
+        c needs no pass of its own over the history: s_i . y = s_i . g - s_i . g_before, and both are known. Where t is
+        zero or not finite, 1 / t is replaced by 0: P stays, and the pair has a zero row and column, so no effect.
+
         A sample that only waits for others takes no step: it must not forget a pair for that. Nor does it learn from
         the step that ended it, as none does that ends alone (Shine reads what was learnt).
         """
-        slot, taken = pair % self.pairs, pair >= self.pairs
+        slot, full = pair % self.pairs, pair >= self.pairs
         g = point.gz
         s, y = point.z - state["z"], g - state["g"]
-        inverse, sg = state["inverse"], state["sg"][:, :used]
-        known = inverse[:, :used, :used]
-        if taken:  # M^-1 of the other pairs, by the Schur complement
-            held = (known.clone(), state["s"][:, slot].clone(), state["a"][:, slot].clone())
+        inverse = state["inverse"][:, :used, :used]
+        before = None
+        if full:
+            before = (inverse.clone(), state["s"][:, slot].clone(), state["a"][:, slot].clone())
             pivot = inverse[:, slot, slot]
             over = torch.where(pivot == 0, 0.0, pivot.reciprocal())
-            known -= known[:, :, slot, None] * (known[:, slot, None, :] * over[:, None, None])
-            known[:, slot, :] = 0
-            known[:, :, slot] = 0
-        now = dots(state["s"][:, :used], g).double()
-        column = now - sg  # s_i . y_new; what it holds at the slot itself meets a zero row of M^-1
-        row = dots(state["a"][:, :used], s).double()  # s_new . (y_j + s_j)
-        right = dots(known, column)
-        left = combine(row, known)
-        complement = torch.linalg.vecdot(s, y).double() - torch.linalg.vecdot(row, right)
+            inverse -= inverse[:, :, slot, None] * (inverse[:, slot, None, :] * over[:, None, None])
+            inverse[:, slot, :] = 0
+            inverse[:, :, slot] = 0
+        s_dot_g = dots(state["s"][:, :used], g).double()
+        column = s_dot_g - state["sg"][:, :used]  # c; its entry at the slot itself meets a zero column of P
+        row = dots(state["a"][:, :used], s).double()  # r, likewise
+        right = dots(inverse, column)  # P c
+        left = combine(row, inverse)  # r P
+        complement = torch.linalg.vecdot(s, y).double() - torch.linalg.vecdot(row, right)  # t
         sound = complement.abs() > 1e-12 * torch.linalg.vecdot(s, s)  # false for what is not finite, too
-        sound = sound & point.running
-        over = torch.where(sound, complement.reciprocal(), 0.0)[:, None]
-        known += right.unsqueeze(2) * (left * over).unsqueeze(1)
-        known[:, :, slot] = -right * over
-        known[:, slot, :] = -left * over
-        known[:, slot, slot] = over[:, 0]
-        # an unsound pair has a zero row and column in M^-1, so what stands in its slot has no effect
+        over = torch.where(sound & point.running, complement.reciprocal(), 0.0)[:, None]
+        inverse += right.unsqueeze(2) * (left * over).unsqueeze(1)
+        inverse[:, :, slot] = -right * over
+        inverse[:, slot, :] = -left * over
+        inverse[:, slot, slot] = over[:, 0]
         state["s"][:, slot] = s
         torch.add(s, y, out=state["a"][:, slot])
-        now[:, slot] = torch.linalg.vecdot(s, g)
-        state["sg"][:, :used] = now
-        if taken:
-            for new, old in zip((known, state["s"][:, slot], state["a"][:, slot]), held, strict=True):
+        s_dot_g[:, slot] = torch.linalg.vecdot(s, g)
+        state["sg"][:, :used] = s_dot_g
+        if before is not None:
+            for new, old in zip((inverse, state["s"][:, slot], state["a"][:, slot]), before, strict=True):
                 new.copy_(torch.where(point.running.view(-1, *[1] * (old.dim() - 1)), new, old))
 
     def terminate(self, state, residual):

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -635,3 +636,53 @@ def test_bad_settings(make, message):
     with pytest.raises(UserError, match=message) as raised:
         make()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("memory", [None, 3])
+def test_the_gradient_of_a_sample_that_ends_first_is_that_of_the_sample_alone(memory):
+    """Shine reads Broyden's history: what a sample that has ended would learn while it waits is not in it."""
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    a = a / torch.linalg.matrix_norm(a, 2)
+    x = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    weight = torch.tensor([[0.4], [1.6]], dtype=torch.float64)
+    c = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+
+    def gradient(rows):
+        theta = x[rows].clone().requires_grad_()
+        solver = Broyden(max_iter=80, tol=1e-4, memory=memory)
+        found = solve(lambda z: weight[rows] * torch.tanh(z @ a.T) + theta, torch.zeros_like(theta), solver=solver,
+                      grad=Shine())  # fmt: skip
+        assert found.converged.all()
+        return torch.autograd.grad((found.z * c[rows]).sum(), theta)[0], found.steps
+
+    (both, steps), (alone, _) = gradient(slice(0, 2)), gradient(slice(0, 1))
+    assert steps[0] + 3 < steps[1]
+    torch.testing.assert_close(both[:1], alone, rtol=1e-10, atol=1e-12)
+
+
+def test_a_backward_solve_that_diverges_warns():
+    x = torch.ones(2, 3)
+    theta = torch.ones(3, requires_grad=True)
+    fn = lambda z: x - 3 * theta * z
+    for solver, warned in (
+        (Picard(max_iter=30), True),
+        (Picard(max_iter=30, stop="never"), False),
+        (Anderson(), False),
+    ):
+        z = solve(fn, torch.zeros_like(x), solver=Anderson(tol=1e-5), grad=Implicit(solver=solver)).z
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            z.sum().backward()
+        assert any("The backward solve failed: 2 of 2 samples diverged" in str(w.message) for w in caught) == warned
+
+
+def test_a_tiny_gradient_is_as_exact_as_a_large_one():
+    """The backward solve is scale-free: a loss of 1e-15 has the same relative error."""
+    a = torch.diag(torch.linspace(-0.9, 0.9, 5))
+    x = torch.ones(2, 5, requires_grad=True)
+    exact = 1 / (1 - torch.diagonal(a))
+    for scale in (1.0, 1e-15, 1e-30):
+        z = solve(lambda z: z @ a.T + x, torch.zeros(2, 5), solver=Anderson(tol=1e-6), grad=Implicit()).z
+        (grad,) = torch.autograd.grad((z * scale).sum(), x)
+        torch.testing.assert_close(grad / scale, exact.expand(2, 5), rtol=0.2, atol=0)

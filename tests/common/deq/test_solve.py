@@ -270,6 +270,58 @@ def test_norms_that_overflow_are_no_convergence(solver):
     assert not found.converged.any()
 
 
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("search", "newton")])
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1e-12), (torch.float32, 1e-30), (torch.float64, 1e-200)])
+def test_tiny_states_are_solved_like_large_ones(name, dtype, scale):
+    b = torch.linspace(1, 2, 4, dtype=dtype) * scale
+    found = solve(lambda z: 0.9 * z + b, torch.zeros(2, 4, dtype=dtype), solver=tight(name, tol=1e-4, max_iter=300))
+    assert found.converged.all() and (found.steps > 0).all()
+    torch.testing.assert_close(found.z / scale, (10 * b / scale).expand(2, 4), rtol=2e-3, atol=0)
+    assert (found.residual_rel <= 1e-4).all()
+    short = solve(lambda z: 0.9 * z + b, torch.zeros(2, 4, dtype=dtype), solver=Picard(max_iter=40, tol=1e-4))
+    assert not short.converged.any(), "an error of 1.5 % is no convergence at any scale"
+
+
+def test_a_relative_residual_that_only_the_growth_of_the_state_makes_small_is_mentioned():
+    found = solve(lambda z: 1.0005 * z + 1, torch.zeros(2, 3), solver=Picard(max_iter=3000, tol=1e-3))
+    assert found.converged.all() and "running away. Test it with solver.stop=abs" in found.message
+    quiet = solve(lambda z: 0.5 * z + 1, torch.zeros(2, 3), solver=Picard())
+    assert quiet.message.endswith("steps.") and "running away" not in quiet.message
+
+
+@pytest.mark.parametrize("solver", [Picard(max_iter=3), Anderson(max_iter=3), Broyden(max_iter=3)], ids=str)
+def test_more_steps_are_no_remedy_for_overflow(solver):
+    found = solve(lambda z: z * 1e30 + 1e38, torch.full((2, 4), 1e30), solver=solver)
+    assert not found.converged.any()
+    assert "overflows float32" in found.message and "max_iter" not in found.message
+
+
+@EVERY
+def test_the_record_says_which_point_its_residual_belongs_to(name):
+    a, x = sample_inputs(batch=1)
+    found = solve(bent, start(x), (a, x), solver=tight(name, tol=1e-4), trajectory=True)
+    residual = lambda z: (bent(z, a, x) - z).norm(dim=1)
+    if found.z_is_image:
+        measured = torch.stack([residual(point) for point in found.trajectory])
+        torch.testing.assert_close(measured.amin(0), found.residual_abs, rtol=1e-6, atol=1e-12)
+        assert (residual(found.z) < found.residual_abs).all()
+    else:
+        torch.testing.assert_close(residual(found.z), found.residual_abs, rtol=1e-6, atol=1e-12)
+
+
+def test_a_record_prints_as_one_line():
+    found = solve(lambda z: 0.5 * z + 1, torch.zeros(2, 3), solver=Picard())
+    assert repr(found) == (
+        "Solution(2 of 2 samples converged, 10 to 10 steps, rel residual at the point the image of which is z at most "
+        "0.00098)"
+    )
+    assert "residual at z at most" in repr(solve(lambda z: 0.5 * z + 1, torch.zeros(2, 3), solver=Broyden()))
+    assert repr(solve(lambda z: z, torch.zeros(0, 3), solver=Picard())) == "Solution(empty batch)"
+    with FakeTensorMode():
+        fake = solve(lambda z: 0.5 * z, torch.zeros(2, 3), solver=Picard(max_iter=2))
+    assert repr(fake) == "Solution(shapes only, 2 samples)"
+
+
 # Samples do not see each other
 
 
@@ -665,6 +717,14 @@ def test_residuals_of_those_who_left_stay():
             r"args of solve must be per-sample tensors with 2 rows like z0, got shape \(3, 1\)",
         ),
         (dict(args=({"x": torch.zeros(())},)), "Close over what all samples share"),
+        (
+            dict(solver="anderson"),
+            r"solver must be an object of common.deq.solvers, got 'anderson'. Pass an object such",
+        ),
+        (dict(solver=Anderson), "got the class Anderson. Pass an object such as Anderson"),
+        (dict(grad="implicit"), r"grad must be an object of common.deq.grads, got 'implicit'"),
+        (dict(check_evry=2), "solve has no argument 'check_evry'. Closest: check_every. It takes fn, z0"),
+        (dict(max_iter=2), "solve has no argument 'max_iter'. It is a setting of the solver: "),
         (dict(check_every=0), "check_every must be >= 1, got 0"),
         (dict(states_at=(0,)), r"states_at must lie in 1 .. max_iter=50, got 0"),
         (dict(states_at=(3, 51)), "got 51. Change the position"),
@@ -672,9 +732,9 @@ def test_residuals_of_those_who_left_stay():
 )
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden(), NewtonKrylov()], ids=lambda s: type(s).__name__)
 def test_bad_input(change, message, solver):
-    options = {"fn": lambda z, *_: 0.5 * z + 1, "z0": torch.zeros(2, 3), "args": None} | change
+    options = {"fn": lambda z, *_: 0.5 * z + 1, "z0": torch.zeros(2, 3), "args": None, "solver": solver} | change
     with pytest.raises(UserError, match=message) as raised:
-        solve(options.pop("fn"), options.pop("z0"), options.pop("args"), solver=solver, **options)
+        solve(options.pop("fn"), options.pop("z0"), options.pop("args"), **options)
     assert "\n" not in str(raised.value)
 
 

@@ -412,6 +412,8 @@ def test_solvers_are_values(solver):
     assert copy.deepcopy(solver) == solver == pickle.loads(pickle.dumps(solver)) == replace(solver)
     with pytest.raises(AttributeError):
         solver.tol = 1.0
+    with pytest.raises(UserError, match=r"has no setting 'max_itr'\. Closest: max_iter\. Its settings are"):
+        type(solver)(max_itr=3)
     with pytest.raises(TypeError):
         type(solver)(max_itr=3)
     with pytest.raises(TypeError):
