@@ -19,8 +19,10 @@ from torch._functorch import config as functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from common.deq.problem import Problem
 from common.deq.recompute import AsBefore, mem_gc
-from common.deq.solve import Problem, Solution, _iterate, solve
+from common.deq.solution import Solution
+from common.deq.solve import _iterate, solve
 from common.deq.solvers import Broyden, Picard, Solver
 from common.deq.structure import Layout, State
 from common.errors import UserError

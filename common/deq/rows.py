@@ -11,7 +11,7 @@ from torch import Tensor
 from common.deq.structure import take_rows
 
 if TYPE_CHECKING:
-    from common.deq.solve import Problem
+    from common.deq.problem import Problem
     from common.deq.solvers import Solver
 
 LARGEST = 1e12  # relative residual where fn(z) = 0 and z is not: a number, since infinite ones mean a failure
