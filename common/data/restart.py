@@ -4,6 +4,7 @@ What a run sees depends on (seed, samples seen so far) and on nothing else: not 
 not on validation in between, not on whether the run was interrupted.
 """
 
+import os
 from collections.abc import Iterator
 
 import lightning.pytorch as pl
@@ -126,11 +127,13 @@ class Batches:
 
     dataset      `__getitems__(draws)` gives a whole batch, or `{"error": sentence}`
     sampler      lists of draws; one without a length makes batches without end
-    num_workers  worker processes
+    num_workers  worker processes at most; no more than this process has cores, where more only cost time
     pin_memory   None: when a CUDA device is there
     """
 
     def __init__(self, dataset: Dataset, sampler, *, num_workers: int, pin_memory: bool | None):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_workers = min(num_workers, cores)
         self.loader = DataLoader(
             dataset,
             batch_sampler=sampler,

@@ -28,6 +28,7 @@ class ImageClassification(EquilibriumModule):
     centre. Raises UserError for a `std` that is not positive or a number of channels that does not fit.
     """
 
+    reads = "images"
     unit = "images"
 
     def __init__(

@@ -30,6 +30,7 @@ class GraphClassification(EquilibriumModule):
     and when the labels of the data do not fit it.
     """
 
+    reads = "graphs"
     unit = "graphs"
 
     def __init__(

@@ -36,6 +36,7 @@ class Language(EquilibriumModule):
     Recomputing it from the tokens would need no storage, but gives other states than the run had.
     """
 
+    reads = "text"
     unit = "segments"
 
     def __init__(

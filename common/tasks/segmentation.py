@@ -41,6 +41,7 @@ class Segmentation(ResearchModule):
     Pixels of class 255 count neither in the loss nor in a metric. Raises UserError for options that do not fit.
     """
 
+    reads = "pictures with masks"
     unit = "images"
 
     def __init__(

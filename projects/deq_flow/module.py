@@ -51,6 +51,7 @@ class DeqFlow(EquilibriumModule):
     Raises UserError for options out of range.
     """
 
+    reads = "pairs of frames with optical flow"
     unit = "pairs"
 
     def __init__(

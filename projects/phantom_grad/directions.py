@@ -66,6 +66,7 @@ class Directions(EquilibriumModule):
     optimizer, schedule, correction   see `EquilibriumModule`
     """
 
+    reads = "images"
     unit = "images"
 
     def __init__(

@@ -27,6 +27,7 @@ CHUNK = 65_536  # points per pass when a whole signal is reconstructed
 class SignalTask:
     """Interface: what both modules below make of a signal. Needs `net`: coordinates (B, d) -> values (B, C)."""
 
+    reads = "signals"
     unit = "points"
 
     def criterion(self, output: Tensor, batch: dict) -> Tensor:

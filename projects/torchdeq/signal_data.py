@@ -38,6 +38,7 @@ class SignalDataModule(RestartingDataModule):
     Raises UserError for a bad batch size or stride, and from `check` and `setup` for missing or damaged files.
     """
 
+    holds = "signals"
     sampled = "points"
     splits = ("train", "test")
     num_classes = 0

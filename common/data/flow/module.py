@@ -83,6 +83,7 @@ class FlowData(RestartingDataModule):
     mismatched files.
     """
 
+    holds = "pairs of frames with optical flow"
     sampled = "pairs"
     seen_key = "pairs_seen"
 

@@ -202,6 +202,7 @@ class GraphDataModule(RestartingDataModule):
     Raises UserError for a bad batch size, and from `check`, `setup` and the loaders for missing or damaged files.
     """
 
+    holds = "graphs"
     sampled = "graphs"
 
     def __init__(

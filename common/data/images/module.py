@@ -42,6 +42,8 @@ class ImageDataModule(RestartingDataModule):
     Raises UserError for a bad batch size, and from `check`, `setup` and the loaders for missing or damaged files.
     """
 
+    holds = "images"
+
     def __init__(
         self,
         *,

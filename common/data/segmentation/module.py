@@ -59,6 +59,7 @@ class SegmentationDataModule(RestartingDataModule):
     mismatched files.
     """
 
+    holds = "pictures with masks"
     ignore = IGNORE
 
     def __init__(

@@ -68,6 +68,7 @@ class TextDataModule(RestartingDataModule):
     text too short for the streams, or another number of tokens than `vocabulary`.
     """
 
+    holds = "text"
     sampled = "rows"  # a row is one segment of one stream
     seen_key = "rows_seen"
 

@@ -10,16 +10,41 @@ import dataclasses
 import enum
 import inspect
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from common.errors import UserError, nearest
+from common.limits import configuration_problems
 from common.runtime.cli.explain import explain_hydra_error, nearest_below, words
 from common.targets import resolve
 
 HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 OPEN = "<open>"  # schema value of a section whose keys are free
+# Types of the values that no `_target_` describes and whose default, null, does not show them.
+TYPES = {
+    "task": str,
+    "seed": int,
+    "resume": str,
+    "init.file": str | None,
+    "init.average": str | None,
+    "init.hint": str | None,
+    "speed.channels_last": bool | None,
+    "speed.threads": int | None,
+    "sample.average": str,
+    "sample.classes": list[int] | None,
+    "sample.input": str | list[str] | None,
+    "plan.parameters": int | None,
+    "plan.peak_tflops": float | None,
+    "run.dir": str,
+    "run.name": str,
+    "paths.outputs": str,
+    "paths.cache": str,
+    "paths.data": str,
+    "paths.weights": str,
+}
 
 
 def check(config, *, schema=None, supplied: Mapping[str, set[str]] | None = None) -> None:
@@ -36,11 +61,46 @@ def check(config, *, schema=None, supplied: Mapping[str, set[str]] | None = None
         schema = {key: OPEN for key in schema}
     elif schema is not None:
         schema = _plain(schema, throw=False)
-    problems = list(dict.fromkeys(_walk(tree, "", schema if schema is not None else OPEN, supplied or {})))
+    found = [*_walk(tree, "", schema if schema is not None else OPEN, supplied or {}), *configuration_problems(tree)]
+    problems = list(dict.fromkeys(found))
     # a bad value is reported where it was given, not once more for every place that refers to it
     given = [problem for problem in problems if not _is_reference(config, problem.split(" ", 1)[0])]
     if problems:
         raise UserError("\n".join(given or problems))
+
+
+def check_data(config, conf_dir=None) -> None:
+    """Raises `UserError` when the chosen data are of another kind than the experiment reads: masks for a denoiser, say.
+
+    config    composed configuration with `project` and `data`
+    conf_dir  the conf/ folder: where data of the right kind are looked up for the sentence
+    """
+    from omegaconf import OmegaConf
+
+    needed, held = (
+        getattr(_class_of(OmegaConf.select(config, f"{part}._target_")), attribute, "")
+        for part, attribute in (("project", "reads"), ("data", "holds"))
+    )
+    if needed and held and needed != held:
+        fitting = _data_of_kind(needed, Path(conf_dir)) if conf_dir else []
+        listing = f" Choose one of: {', '.join(fitting)}." if fitting else ""
+        raise UserError(f"This experiment needs {needed}, and the data chosen (data=...) are {held}.{listing}")
+
+
+def _class_of(target):
+    try:
+        return resolve(target)
+    except UserError:  # `check` reports it with its place
+        return None
+
+
+def _data_of_kind(kind: str, conf_dir: Path) -> list[str]:
+    found = []
+    for path in sorted((conf_dir / "data").glob("*.yaml")):
+        target = re.search(r"^_target_: *(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if target and getattr(_class_of(target[1]), "holds", "") == kind:
+            found.append(path.stem)
+    return found
 
 
 def _is_reference(config, path: str) -> bool:
@@ -105,6 +165,10 @@ def _section(node: dict, path: str, schema: dict) -> Iterator[str]:
         elif not named_objects and key not in schema:
             where = f"an option of {path}" if path else "a section of the configuration"
             yield f"{here} is not {where}. {nearest(str(key), schema)}Options: {', '.join(map(str, schema))}."
+        elif here in TYPES:
+            reason = mismatch(value, TYPES[here])
+            if reason:
+                yield f"{here} must be {reason}"
         elif key in schema:
             default = schema[key]
             if isinstance(default, bool | int | float) and value is not None:

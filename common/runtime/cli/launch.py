@@ -9,7 +9,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError, nearest, user_error
+from common.limits import RANGES
 from common.runtime.cli.identity import run_name
+from common.targets import current
 
 VERBS = ("fit", "test", "sample", "export", "plan")
 
@@ -121,6 +123,18 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def move_targets(node) -> None:
+    """Write the present path over every `_target_` of `node` that names a class by the path it had before it moved."""
+    if OmegaConf.is_dict(node):
+        target = node.get("_target_")
+        if isinstance(target, str) and current(target) != target:
+            OmegaConf.update(node, "_target_", current(target))
+    children = node.keys() if OmegaConf.is_dict(node) else range(len(node))
+    for key in children:
+        if not OmegaConf.is_missing(node, key) and OmegaConf.is_config(node[key]):
+            move_targets(node[key])
+
+
 def is_sweep() -> bool:
     """True inside a job of `-m`."""
     from hydra.core.hydra_config import HydraConfig
@@ -141,15 +155,17 @@ def launch(cfg: DictConfig):
         OmegaConf.update(cfg, "run.dir", HydraConfig.get().runtime.output_dir)
         choices = HydraConfig.get().runtime.choices
         OmegaConf.update(cfg, "run.experiment", str(choices.get("experiment") or "none").replace("/", "_"))
-    if cfg.speed.threads:
-        os.environ["OMP_NUM_THREADS"] = str(cfg.speed.threads)
+    if isinstance(cfg.speed.threads, int) and RANGES["speed.threads"].holds(cfg.speed.threads):
+        os.environ["OMP_NUM_THREADS"] = str(cfg.speed.threads)  # before torch is imported, which the check does
     quiet()
 
-    from common.runtime.cli.check import check
+    from common.runtime.cli.check import check, check_data
     from common.runtime.cli.explain import read_schema
 
     conf = Path(__file__).resolve().parents[3] / "conf"
+    check_data(cfg, conf)
     check(cfg, schema=open_sections(read_schema(conf)))
+    move_targets(cfg)
     run_dir = Path(cfg.run.dir)
     if not os.access(run_dir if run_dir.exists() else run_dir.parent, os.W_OK):
         raise UserError(f"{run_dir} is not writable. Choose another folder with paths.outputs=<folder>.")

@@ -25,6 +25,7 @@ class GenerativeModule(ResearchModule):
     optimizer, schedule   see `ResearchModule`
     """
 
+    reads = "images"
     unit = "images"
     uses_sampler = True
     idle_parameters = ("map_augment",)  # planning leaves the augmentation out

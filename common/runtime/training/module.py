@@ -25,6 +25,7 @@ class ResearchModule(LightningModule):
     schedule   learning-rate multiplier, optimiser step -> float (`common.optim.schedules`), or None for constant
     """
 
+    reads = ""  # kind of data it needs, the `holds` of a data module; empty: any
     unit = "samples"  # what a batch is made of, in words: `perf/<unit>_per_s`
     uses_sampler = False  # whether `sample.sampler` means anything to it
     unaveraged: tuple[str, ...] = ()  # prefixes of parameters (`net.<...>`) that running averages leave out

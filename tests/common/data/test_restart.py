@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.data.restart import RestartingDataModule
+from common.data.restart import Batches, RestartingDataModule
 from common.errors import UserError
 
 
@@ -68,3 +68,9 @@ def test_overfitting_begins_anew_and_uneven_shares_are_refused():
     data.trainer = trainer(done=4, accumulate=5)
     with pytest.raises(UserError, match=r"divisible by processes x trainer\.accumulate_grad_batches = 5, got 12"):
         data._train_sampler(50)
+
+
+def test_no_more_workers_than_cores(monkeypatch, recwarn):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
+    made = [Batches([0], [[0]], num_workers=asked, pin_memory=False).loader.num_workers for asked in (0, 1, 8)]
+    assert made == [0, 1, 2] and not [w for w in recwarn if "suggested max number of worker" in str(w.message)]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from common.errors import UserError
-from common.runtime.cli.check import OPEN, check, mismatch
+from common.runtime.cli.check import OPEN, check, check_data, mismatch
 from common.runtime.cli.explain import explain_hydra_error, is_composition_error, read_schema
 
 
@@ -227,7 +227,7 @@ def test_the_schema_leaves_open_sections_named_objects_and_nulls_free():
             "free": {"a": {"b": 1}},
             "callbacks": {"grid": None, "mine": node("Child")},
             "nothing": 3,
-            "seed": None,
+            "run": {"keep": None},
             "needs": {"teacher": {"experiment": "x"}},
             "project": node(q=1.0),
         },
@@ -355,3 +355,32 @@ def test_importing_the_check_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[4]
     )
     assert run.stdout.strip() == "[]"
+
+
+def test_values_without_a_target_have_types_too():
+    schema = {"sample": {"classes": None, "input": None}, "speed": {"threads": None, "channels_last": None}}
+    for key, value, told in (
+        ("classes", 3, "sample.classes must be a list of integers or null, got 3. Write a list: [3]."),
+        ("classes", ["cat"], "sample.classes must be a list of integers or null"),
+        ("input", 3, "sample.input must be text or a list of text or null, got 3."),
+    ):
+        assert told in message({"sample": {key: value}}, schema=schema)
+    assert "speed.threads must be an integer or null" in message({"speed": {"threads": "many"}}, schema=schema)
+    assert "speed.channels_last must be true or" in message({"speed": {"channels_last": 1}}, schema=schema)
+    check({"sample": {"classes": [1, 2], "input": "a.png"}, "speed": {"threads": 2}}, schema=schema)
+
+
+def test_data_of_another_kind_are_refused_with_the_words_that_fit():
+    conf = Path(__file__).resolve().parents[4] / "conf"
+    edm, camvid = "projects.edm.module.Edm", "common.data.segmentation.module.SegmentationDataModule"
+    config = OmegaConf.create({"project": {"_target_": edm}, "data": {"_target_": camvid}})
+    with pytest.raises(UserError) as error:
+        check_data(config, conf)
+    text = str(error.value)
+    assert text.startswith("This experiment needs images, and the data chosen (data=...) are pictures with masks.")
+    assert "cifar10" in text and "camvid" not in text and "cora" not in text
+    config.data._target_ = "common.data.latents.module.LatentDataModule"  # a kind of images
+    check_data(config, conf)
+    config.project._target_ = "projects.toy_check.Loss"  # reads anything
+    config.data._target_ = camvid
+    check_data(config)

@@ -97,3 +97,14 @@ def test_help_names_every_verb_and_group():
     text = launch.help_text(CONF)
     for word in (*(f"task={verb}" for verb in launch.VERBS), "-m", "ect_cifar10", "config groups"):
         assert word in text
+
+
+def test_moved_targets_are_written_by_their_present_path():
+    tree = OmegaConf.create(
+        {"a": {"_target_": "common.data.digits.Digits", "b": [{"_target_": "common.runtime.guard.NonFiniteGuard"}, 3]},
+         "c": {"_target_": "torch.optim.Adam", "lr": 1.0}, "d": "???"}
+    )  # fmt: skip
+    launch.move_targets(tree)
+    assert tree.a._target_ == "common.data.images.digits.Digits"
+    assert tree.a.b[0]._target_ == "common.runtime.training.guard.NonFiniteGuard"
+    assert tree.c._target_ == "torch.optim.Adam"
