@@ -9,7 +9,7 @@ EXPERIMENTS := $(sort $(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experi
 CLAIMS := $(sort $(patsubst conf/claim/%.yaml,%,$(wildcard conf/claim/*.yaml)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint type check claims zoo doctor bench clean
+.PHONY: help install demo test lint type check claims zoo gallery doctor bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%<>-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,8 +67,11 @@ repro-%: ## one published experiment, for instance repro-ect_cifar10
 	@$(MAKE) --no-print-directory install
 	$(PY) -m projects.run +experiment=$* $(ARGS)
 
-zoo: install ## render the tables in README.md and the cards
+zoo: install ## render the tables in README.md, projects/README.md and the cards
 	$(PY) -m tools.zoo
+
+gallery: install ## one page of pictures, curves and claims, outputs/gallery/index.html
+	$(PY) -m tools.gallery $(ARGS)
 
 clean: ## remove caches of Python and the tests; runs and weights stay
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis

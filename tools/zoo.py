@@ -263,7 +263,6 @@ def results_table(root: Path, only: str | None) -> str:
 
 def _measured(root: Path, slug: str, record: Mapping) -> str:
     words = claim_words(root, slug)
-    says = {_relation(relation): relation.get("says") for relation in words.get("relations", [])}
     seeds = ", ".join(map(str, record["seeds"]))
     rows = []
     for name, row in record["measures"].items():
@@ -280,7 +279,7 @@ def _measured(root: Path, slug: str, record: Mapping) -> str:
         )
     relations = [
         {
-            "the claim": says.get(_relation(relation)) or relation["says"],
+            "the claim": says_of(words, relation),
             "asked": f"{relation['left']} {relation['op']} {show(relation['factor'])} x {relation['right']}",
             "ratio of means": relation["ratio"],
             "seeds": f"{sum(relation['per_seed'].values())} of {len(relation['per_seed'])}",
@@ -296,6 +295,14 @@ def _measured(root: Path, slug: str, record: Mapping) -> str:
         f"Seeds {seeds}; {record['wall_time_s'] / 60:.0f} minutes of runs on {record['hardware']}; "
         f"commit {commit}, {record['date']}. Again: `make claim-{slug}`.\n"
     )
+
+
+def says_of(words: Mapping, relation: Mapping) -> str:
+    """The sentence of a recorded relation: as conf/claim has it today, else as it was recorded."""
+    for declared in words.get("relations", []):
+        if _relation(declared) == _relation(relation) and declared.get("says"):
+            return declared["says"]
+    return relation["says"]
 
 
 def _relation(relation: Mapping) -> tuple:
