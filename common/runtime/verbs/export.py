@@ -10,16 +10,19 @@ from common.runtime.verbs.report import environment
 from common.weights.export import export
 
 
-def write_export(run: Assembled, *, step: int, average: str) -> Path:
-    """`<run>/export`: the network's weights as they are now, and the trees that rebuild it without Hydra."""
+def write_export(run: Assembled, *, step: int, average: str, folder: Path | None = None) -> Path:
+    """The network's weights as they are now, and the trees that rebuild it without Hydra, in `folder` (None:
+    `<run>/export`).
+    """
     facts = environment()
     return export(
-        run.folder / "export",
+        run.folder / "export" if folder is None else folder,
         run.module.net,
         run.plain["project"]["net"],
         sampler=run.plain["sample"]["sampler"] if run.module.uses_sampler else None,
         meta={
             "experiment": run.cfg.run.experiment, "seed": run.cfg.seed, "step": step, "average": average,
+            "profile": run.plain["ema"]["profiles"].get(average),
             "commit": facts["commit"], "dirty": facts["dirty"], "published": run.plain["published"],
             **run.module.export_facts(),
         },
