@@ -27,7 +27,8 @@ class DEQ(nn.Module):
                  last one is always the solution (sparse fixed-point correction, DEQ-Flow arXiv 2204.08442)
     sliced       how several states are made. False: one solve, a gradient branch at each position. True: a solve per
                  slice, each going on from the differentiated (then detached) state of the one before, which therefore
-                 is a step or more further; TorchDEQ calls the two graphs indexing and sliced
+                 is a step or more further; TorchDEQ calls the two graphs indexing and sliced. "solver": each slice goes
+                 on from where the solver stopped (code.v.1.0 of DEQ-Flow). Each of n slices has max_iter // n steps
     penalty      Jacobian regularisation at the solution in training, or None
     compact      samples that have converged leave the batch
     check_every  steps between two stop tests (each one synchronises with the device)
@@ -49,7 +50,7 @@ class DEQ(nn.Module):
         eval_solver: Solver | None = None,
         eval_factor: float = 1.0,
         states: int | Sequence[int] = 1,
-        sliced: bool = False,
+        sliced: bool | str = False,
         penalty: JacobianPenalty | None = None,
         compact: bool = True,
         check_every: int = 1,
@@ -64,6 +65,10 @@ class DEQ(nn.Module):
         if self.grad.replaces_solver and steps < 1:
             raise UserError("Backprop unrolls solver.max_iter steps, got 0. Set deq.grad.steps to the steps to unroll.")
         self.positions = _positions(states, steps)
+        if sliced not in (False, True, "solver"):
+            raise UserError(f"deq.sliced must be true, false or solver, got {sliced!r}. Set it to false for one solve.")
+        if sliced and isinstance(states, int):
+            self.positions = tuple(steps // states * number for number in range(1, states + 1))
         if sliced and self.grad.replaces_solver:
             raise UserError(
                 "deq.sliced needs a gradient rule beside the solve; Backprop is the solve. Set sliced=false."
@@ -120,7 +125,7 @@ class DEQ(nn.Module):
             found = solve(fn, z, args, solver=part, **self._options())
             parts.append(found)
             states += self.grad.attach(fn, found.z, args, solution=found)
-            z, start = _constant(states[-1]), position
+            z, start = found.z if self.sliced == "solver" else _constant(states[-1]), position
         return states, _joined(parts, self.solver)
 
 

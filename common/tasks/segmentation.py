@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import limits
 from common.data.images.module import to_unit_range
 from common.data.segmentation.augment import IGNORE, resized, scaled_size
 from common.errors import UserError, nearest
@@ -18,6 +19,7 @@ from common.tasks.overlays import write_overlays
 from common.tasks.pictures import find_pictures, read_picture, write_classes
 
 MERGES = ("logits", "probabilities")
+ODD_SIZES = ("pad", "resize", "keep")
 
 
 class Segmentation(ResearchModule):
@@ -33,6 +35,8 @@ class Segmentation(ResearchModule):
     auxiliary_weight   of the loss of every auxiliary head
     scales             sizes evaluated, in sizes of the image; [1.0] for one
     flip               also mirror images
+    odd_sizes          pictures whose sides the network's stride does not divide: pad (right and below, with the mean
+                       colour), resize (up to the next sides it divides, as Light-Ham is tested), keep (as they are)
     merge              what is averaged over them: logits (the released HamNet) or probabilities (its successors)
     bias_lr            learning rate of biases, in that of the optimiser; HamNet: 2
     decay_norms        weight decay also on normalisations and single numbers;   decay_biases  on the other biases
@@ -56,6 +60,7 @@ class Segmentation(ResearchModule):
         auxiliary_weight: float,
         scales: Sequence[float],
         flip: bool,
+        odd_sizes: str,
         merge: str,
         bias_lr: float,
         decay_norms: bool,
@@ -65,6 +70,7 @@ class Segmentation(ResearchModule):
     ):
         super().__init__(net=net, optimizer=optimizer, schedule=schedule)
         _check(net, mean, std, class_weights, scales, merge)
+        self.odd_sizes = limits.choice("project.odd_sizes", odd_sizes, ODD_SIZES)
         self.crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
         self.count_void, self.auxiliary_weight = count_void, auxiliary_weight
         self.scales, self.flip, self.merge = tuple(scales), flip, merge
@@ -158,10 +164,14 @@ class Segmentation(ResearchModule):
         return mean.clamp(min=1e-30).log() if self.merge == "probabilities" else mean
 
     def _on_any_size(self, x: Tensor) -> Tensor:
-        """Logits of normalised images, padded right and below with the mean colour to sizes the network likes."""
+        """Logits of normalised images at sizes the network likes, see `odd_sizes`; padding is cut off again."""
+        if self.odd_sizes == "keep":
+            return self.net(x)
         step, rest = self.net.stride, 1 if self.net.align_corners else 0
         height, width = x.shape[2:]
         down, right = ((rest - side) % step for side in (height, width))
+        if self.odd_sizes == "resize":
+            return self.net(_resize(x, (height + down, width + right), self.net.align_corners))
         padded = F.pad(x, (0, right, 0, down)) if down or right else x
         return self.net(padded)[:, :, :height, :width]
 

@@ -43,7 +43,8 @@ class DeqFlow(EquilibriumModule):
     max_flow        pixels that move further (in pixels) do not count in the loss
     freeze_norms    batch normalisation keeps its statistics: True in every stage after FlyingChairs. It stays frozen
                     through every change between training and evaluation
-    padding         where evaluation pads to multiples of 8: "sintel" on all sides, "kitti" on both sides and below
+    padding         where evaluation pads to multiples of 8: "sintel" on all sides, "kitti" on both sides and below. An
+                    evaluation set that names its own has that (`common.data.flow.module.EvaluationSet`)
     reuse           a clip's next solve starts from the last equilibrium (True), from it with the flow moved along
                     itself ("interpolate"), or from zero (False)
     optimizer, schedule, correction   see `EquilibriumModule`
@@ -91,14 +92,15 @@ class DeqFlow(EquilibriumModule):
         """mean(valid |output - flow|_1) over all pixels."""
         return flow_loss(output, batch["flow"], batch["valid"], max_flow=self.max_flow)
 
-    def estimate(self, first: Tensor, second: Tensor, start=None) -> Tensor:
+    def estimate(self, first: Tensor, second: Tensor, start=None, padding: str | None = None) -> Tensor:
         """Flow (B, 2, H, W) between images of any size, padded for the network and cut back.
 
         Both sides are padded to multiples of 8, small images to the least size of the network.
 
+        padding  where, None: as the module's
         start  state to solve from, as left in `net.state` by the call before; None: zero hidden state, no motion
         """
-        padder = Padder(*first.shape[-2:], multiple=8, mode=self.padding, least=self.net.least)
+        padder = Padder(*first.shape[-2:], multiple=8, mode=padding or self.padding, least=self.net.least)
         first, second = padder.pad(first, second)
         return padder.unpad(self.net.outputs(first, second, start=start)[-1])
 
@@ -106,7 +108,7 @@ class DeqFlow(EquilibriumModule):
         """Sums and counts of `epe`, `epe_per_image` (pixels), `1px`, `3px`, `5px` and `fl_all` (per cent), and of
         `motion`, the length of the true flow in pixels: the end-point error of saying that nothing moves."""
         flow, valid = batch["flow"], batch["valid"]
-        found = flow_metrics(self.estimate(batch["first"], batch["second"]), flow, valid)
+        found = flow_metrics(self.estimate(batch["first"], batch["second"], padding=batch.get("padding")), flow, valid)
         return {**found, "motion": flow_metrics(torch.zeros_like(flow), flow, valid)["epe"]}
 
     # What the runtime asks for ----------------------------------------------------------------------------------------
@@ -138,7 +140,14 @@ class DeqFlow(EquilibriumModule):
         for index in order.tolist():
             pair = pairs.read(index)
             images = [to_unit_range(pair[name][None].to(self.device)) for name in ("first", "second")]
-            rows.append(Row(pair["first"], self.estimate(*images)[0].float().cpu(), pair["flow"], pair["valid"]))
+            rows.append(
+                Row(
+                    pair["first"],
+                    self.estimate(*images, padding=data.padding(split))[0].float().cpu(),
+                    pair["flow"],
+                    pair["valid"],
+                )
+            )
         return write_pairs(path, rows)
 
     def show_files(self, files: Path | list[Path], data, folder: Path) -> list[Path]:

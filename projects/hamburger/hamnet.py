@@ -82,6 +82,13 @@ def _dilate_further(body: nn.Module, grid: Sequence[int]) -> None:
         conv.padding = tuple(factor * p for p in conv.padding)
 
 
+def _fan_out(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Conv2d):
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
 class HamNet(nn.Module):
     """Images (B, 3, H, W), normalised -> logits (B, num_classes, H, W).
 
@@ -98,6 +105,8 @@ class HamNet(nn.Module):
     dropout        of whole channels before the classifier
     concat         another 3x3 convolution sees the align's output beside the decoded maps (HamNet+ on ADE20K)
     auxiliary      channels of an auxiliary head, 0: none. It alone sees the first map of the backbone then
+    initial        weights of all but the backbone: "torch", as the layers come; "fan_out", mmsegmentation's: normal
+                   of variance 2 / fan-out, biases 0, classifiers normal of deviation .01
     align_corners  when maps and logits are resized; inputs of an eval then have sizes s = 1 modulo `stride`, else 0
 
     `outputs` gives in training the logits of the auxiliary head, too. Raises UserError for sizes that do not fit.
@@ -119,8 +128,10 @@ class HamNet(nn.Module):
         concat: bool = False,
         auxiliary: int = 0,
         align_corners: bool = True,
+        initial: str = "torch",
     ):
         super().__init__()
+        limits.choice("net.initial", initial, ("torch", "fan_out"))
         limits.whole("net.num_classes", num_classes, least=2, hint="Set it to the classes of the data.")
         limits.choice("net.kernel", kernel, (1, 3), hint="HamNet has 3, Light-Ham 1.")
         channels = backbone.channels
@@ -146,6 +157,13 @@ class HamNet(nn.Module):
                 nn.Dropout2d(dropout),
                 nn.Conv2d(auxiliary, num_classes, 1),
             )
+        if initial == "fan_out":
+            for name, part in self.named_children():
+                if name != "backbone":
+                    part.apply(_fan_out)
+            for head in (self.classify, self.auxiliary):
+                if head is not None:
+                    nn.init.normal_(head[-1].weight, std=0.01)
         if bn_momentum is not None:
             for part in self.modules():
                 if isinstance(part, nn.modules.batchnorm._BatchNorm):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch import nn
 
@@ -25,6 +26,7 @@ from projects.deq_flow.raft.upsample import convex_upsample
 from projects.deq_flow.video import Follower, open_clips, steps_needed
 from tools.claim import load_claim
 
+REPO = Path(__file__).resolve().parents[2]
 SIZES = dict(
     feature_channels=8, hidden_channels=6, corr_channels=[8, 6], flow_channels=[6, 4], motion_channels=6,
     head_channels=8, encoder_channels=[4, 4, 6], levels=2, radius=1,
@@ -174,6 +176,9 @@ class PairSet:
     def pairs(self, split):
         return self
 
+    def padding(self, split):
+        return None
+
     def __len__(self):
         return 3
 
@@ -191,6 +196,35 @@ def test_show_draws_a_sheet_for_every_set(tmp_path):
     assert [path.name for path in (*written, *preview)] == ["synth.png", "real.png", "step-1.png"]
     sheets = [Image.open(path) for path in (*written, *preview)]
     assert sheets[0].width > 4 * 320 and sheets[2].height > 1.3 * sheets[0].height
+
+
+def test_an_evaluation_set_says_how_it_is_padded():
+    """KITTI is padded on both sides and below, whatever the stage; sides that fit make no difference."""
+    task, pairs = module(padding="sintel").eval(), batch(1, 37, 50)
+    with torch.no_grad():
+        for padding in ("sintel", "kitti", None):
+            found = task.evaluation_step({**pairs, **({"padding": padding} if padding else {})})["epe"][0]
+            own = module(padding=padding or "sintel").eval()
+            assert torch.equal(found, own.evaluation_step(pairs)["epe"][0])
+        sums = {
+            padding: task.evaluation_step({**pairs, "padding": padding})["epe"][0] for padding in ("sintel", "kitti")
+        }
+    assert sums["sintel"] != sums["kitti"]
+
+
+def test_published_settings_are_the_authors():
+    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+        composed = {
+            name: compose("config", [f"+experiment=deq_flow_{name}"])
+            for name in ("things_h", "things_h_3x", "v1_things_h", "v1_chairs_h", "sintel_h", "kitti_h", "things_b")
+        }
+    for name, cfg in composed.items():
+        sets = cfg.data.get("evaluation", {})
+        assert all((part.get("padding") == "kitti") == (key == "kitti") for key, part in sets.items()), name
+        deq, v1 = cfg.project.net.deq, name.startswith("v1") or name in ("sintel_h", "kitti_h")
+        assert deq.sliced == ("solver" if v1 else True)
+        assert deq.eval_factor == (3.0 if name == "things_h_3x" else 1.5)
+        assert (deq.solver.max_iter, deq.states) == ((36, 6) if v1 else (40, 2)), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torchvision.models.optical_flow import raft_large, raft_small
 
 from common.weights.export import load
-from projects.deq_flow.weights import official_state
+from projects.deq_flow.weights import RELEASES, STEPS, official_state
 from tools import import_weights
 
 RECORD = json.loads((Path(__file__).parents[1] / "fixtures" / "nets" / "deq_flow_zoo.json").read_text())
@@ -43,6 +43,9 @@ def test_a_released_name_says_its_size_and_raft_its_start(tmp_path, capsys):
     made = load(tmp_path / "raft")
     assert made.config["network"]["hidden_init"] == "tanh_context" and made.meta["published"]["kitti_epe"] == 4.5118
     assert sum(p.numel() for p in made.net.parameters()) == 5_257_536
+    solver = made.net.deq.eval_solver
+    assert (type(solver).__name__, solver.max_iter, solver.stop) == ("Picard", 32, "never")
+    assert STEPS.keys() == RELEASES.keys() and STEPS["deq_flow_h_3x"] == 120
     for name, file in (
         ("deq_flow_huge", "deq-flow-H-things-test-3x.pth"),
         ("deq_flow_base", "deq-flow-B-things-1.pth"),

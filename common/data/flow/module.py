@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from common import limits
 from common.data.draws import PositionDraws
+from common.data.flow.padding import MODES
 from common.data.flow.pairs import FlowPairs, FlowSource, stack
 from common.data.images.module import to_unit_range
 from common.data.restart import Batches, CountedBatches, RestartingDataModule
@@ -48,12 +50,20 @@ class TrainingSet:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
-    """A split of a source that is evaluated, whole pictures. Raises UserError for an unknown split."""
+    """A split of a source that is evaluated, whole pictures.
+
+    padding  how a network should pad its pictures (`common.data.flow.padding`), None: as its module does all others
+
+    Raises UserError for an unknown split or padding.
+    """
 
     source: FlowSource
     split: str = "train"
+    padding: str | None = None
 
     def __post_init__(self):
+        if self.padding is not None:
+            limits.choice("data.evaluation.<set>.padding", self.padding, MODES)
         check_split(self.split, self.source.splits, self.source.name)
 
 
@@ -65,6 +75,7 @@ class FlowData(RestartingDataModule):
     valid          float32 (B, H, W), 1 where the flow is known
     position       int64 (B,), number of the draw within the whole run (in evaluation: the pair's number)
     occluded       float32 (B, H, W), 1 where the second picture does not show the pixel; only where every pair knows it
+    padding        in evaluation, a word: that of the set, where it has one
 
     In training H, W are the crop. In evaluation pairs come whole and unpadded, a batch holds pairs of one size.
 
@@ -194,7 +205,11 @@ class FlowData(RestartingDataModule):
         sampler = EqualSizes(
             count=len(pairs), sizes=sizes, batch_size=self.eval_batch_size, rank=rank, world_size=world_size
         )
-        return self._loader(CountedBatches, _WholePairs(pairs), sampler)
+        return self._loader(CountedBatches, _WholePairs(pairs, self.padding(split)), sampler)
+
+    def padding(self, split: str) -> str | None:
+        """How pictures of the evaluation set are padded; None: it does not say."""
+        return self.evaluation[split].padding
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """Pictures float on the device: a quarter of their bytes travels."""
@@ -267,15 +282,17 @@ class _TrainingPairs(Dataset):
 class _WholePairs(Dataset):
     """A list of (index, index) of pairs of one size as one batch, pictures uint8."""
 
-    def __init__(self, pairs: FlowPairs):
+    def __init__(self, pairs: FlowPairs, padding: str | None):
         self.pairs = pairs
+        self.extra = {} if padding is None else {"padding": padding}
 
     def __getitems__(self, draws: Iterable[tuple[int, int]]) -> dict[str, Tensor | str]:
         try:
             samples = [self.pairs.read(index) for index, _ in draws]
         except UserError as error:
             return {"error": str(error)}
-        return {**stack(samples), "position": torch.tensor([position for _, position in draws], dtype=torch.int64)}
+        position = torch.tensor([position for _, position in draws], dtype=torch.int64)
+        return {**stack(samples), "position": position, **self.extra}
 
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, Tensor | str]:
         return self.__getitems__([draw])

@@ -34,7 +34,7 @@ IRRELEVANT = (
 RELEVANT = ("callbacks.seeding", "callbacks.guard.replace")  # below one of the above, and yet it changes weights
 SECTIONS = ("trainer",)  # config groups whose choice changes irrelevant settings alone
 # What a run without the setting does, where its class has no default: settings that came later, or have gone.
-UNSAID = {"project.loss_scaling": 1.0, "project.official_gradients": False}
+UNSAID = {"project.loss_scaling": 1.0, "project.official_gradients": False, "project.odd_sizes": "pad"}
 FOLDERS = ("root", "cache_dir")  # last words of settings that only say where files lie
 
 

@@ -122,6 +122,23 @@ def test_intermediate_states_are_those_of_the_positions():
     torch.testing.assert_close(got, by_hand)
 
 
+def test_slices_go_on_from_the_solver_if_wanted_and_have_equal_lengths():
+    """DEQ-Flow's first version goes on from the solver's state; 7 steps in two slices are 3 + 3, as in TorchDEQ."""
+    cell, x = Cell(), inputs()
+    deq = DEQ(solver=Picard(max_iter=7, tol=1e-30), grad=OneStep(), states=2, sliced="solver")
+    got = deq(cell, torch.zeros_like(x), (x,))
+    z, by_hand = torch.zeros_like(x), []
+    for step in range(1, 7):
+        z = cell(z, x)
+        if step % 3 == 0:
+            by_hand.append(cell(z, x))
+    torch.testing.assert_close(got, by_hand)
+    assert deq.positions == (3, 6) and deq.solution.steps.tolist() == [6] * 5
+    assert DEQ(solver=Picard(max_iter=7), states=2).positions == (4, 7), "gradient branches beside one solve"
+    with pytest.raises(UserError, match=r"deq\.sliced must be true, false or solver"):
+        DEQ(sliced="solve")
+
+
 def test_a_rule_with_a_gap_multiplies_the_states():
     cell, x = Cell(), inputs()
     got = DEQ(solver=Picard(max_iter=8), grad=Unrolled(steps=4, gap=2), states=2)(cell, torch.zeros_like(x), (x,))

@@ -45,7 +45,8 @@ class Colours(nn.Module):
 def task(net=None, **change):
     options = dict(
         crop=8, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], class_weights=None, count_void=False, auxiliary_weight=0.4,
-        scales=[1.0], flip=False, merge="logits", bias_lr=2.0, decay_norms=False, decay_biases=False, schedule=None,
+        scales=[1.0], flip=False, odd_sizes="pad", merge="logits", bias_lr=2.0, decay_norms=False, decay_biases=False,
+        schedule=None,
     )  # fmt: skip
     return Segmentation(net=net or Colours(), optimizer=SGD, **options | change)
 
@@ -126,6 +127,19 @@ def test_sizes_are_padded_to_what_the_network_likes_and_cut_again():
     module.net.align_corners = False
     module.predict(image)
     assert module.net.sizes[-1] == (8, 12)
+
+
+def test_odd_sizes_are_enlarged_or_kept_if_wanted():
+    """Light-Ham is tested on pictures resized to a multiple of 32, the authors' mmsegmentation HamNet on any size."""
+    image = pair((7, 10), 1)["image"]
+    for choice, size in (("resize", (8, 12)), ("keep", (7, 10))):
+        module = task(odd_sizes=choice).eval()
+        module.net.align_corners = False
+        logits = module.predict(image)
+        assert module.net.sizes == [size] and logits.shape == (1, 3, 7, 10)
+        x = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+        expected = F.interpolate(module.net.conv(x), size=(7, 10), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(logits, expected)
 
 
 @pytest.mark.parametrize("merge", ["logits", "probabilities"])
@@ -322,12 +336,16 @@ def test_published_recipes_on_ade20k():
     assert optimizer.lr * schedule.final == pytest.approx(1e-4)
     assert (cfg.trainer.max_steps, cfg.project.crop, cfg.project.net.norm) == (160_000, 512, "gn")
     assert cfg.project.net.context.version == "v1" and cfg.project.auxiliary_weight == 0.4
+    assert (cfg.project.net.context.ham.steps, cfg.project.net.context.ham.eval_steps) == (6, 7)
+    assert (cfg.project.net.initial, cfg.project.odd_sizes, cfg.data.batch_size) == ("fan_out", "keep", 8 * 4)
     for size, drop, width in (("tiny", 0.1, 480), ("small", 0.1, 512), ("base", 0.1, 512), ("large", 0.25, 512),
                               ("huge", 0.3, 512)):  # fmt: skip
         cfg = composed(f"hamburger_light_{size}")
         net, optimizer = cfg.project.net, cfg.project.optimizer
         assert (net.backbone.size, net.backbone.drop_path) == (size, drop)
         assert net.width == net.context.channels == width
+        assert (net.context.ham.steps, net.context.ham.eval_steps, net.initial) == (6, 7, "fan_out")
+        assert (cfg.project.odd_sizes, cfg.data.batch_size) == ("resize", 8 * 2)
         assert (net.kernel, net.norm, net.context.norm, net.norm_groups) == (1, "gn", "gn", 32)
         assert (optimizer._target_, optimizer.lr, optimizer.weight_decay) == ("torch.optim.AdamW", 6e-5, 0.01)
         assert (cfg.project.schedule.warmup, cfg.project.schedule.power, cfg.trainer.max_steps) == (1500, 1.0, 160_000)

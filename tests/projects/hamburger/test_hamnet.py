@@ -51,6 +51,20 @@ def test_the_published_network():
     assert {m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {3e-4}
 
 
+def test_heads_start_as_those_of_mmsegmentation():
+    """Normal weights of variance 2 / fan-out, no biases, classifiers of deviation .01; the backbone as it came."""
+    options = dict(stages=[-2, -1], context=Hamburger(16, 16, version="v1"), concat=True, auxiliary=8)
+    plain, made = small(**options), small(**options, initial="fan_out")
+    for name, value in made.state_dict().items():
+        if name.startswith("backbone."):
+            assert torch.equal(value, plain.state_dict()[name])
+    for head in (made.classify, made.auxiliary):
+        assert head[-1].weight.std().item() == pytest.approx(0.01, rel=0.4) and not head[-1].bias.any()
+    squeeze = made.squeeze[0].weight  # 16 channels, 3x3
+    assert squeeze.std().item() == pytest.approx((2 / (16 * 9)) ** 0.5, rel=0.1)
+    assert not made.context.lower.bias.any()
+
+
 @pytest.mark.parametrize(
     ("size", "width", "out_width", "millions"),
     [("tiny", 256, 256, 4.2), ("tiny", 480, 512, 4.9), ("small", 256, 256, 13.8), ("small", 512, 512, 14.7),

@@ -208,6 +208,16 @@ def test_evaluation_gives_whole_pairs_once():
     assert held_out[0]["occluded"].shape == (1, 24, 32)
 
 
+def test_an_evaluation_set_may_say_its_padding():
+    kitti = EvaluationSet(source=MadeUp(), split="val", padding="kitti")
+    data = module(evaluation={"plain": EvaluationSet(source=MadeUp(), split="val"), "kitti": kitti})
+    assert [data.padding(split) for split in data.splits] == [None, "kitti"]
+    assert {batch.get("padding") for batch in data.eval_batches("kitti")} == {"kitti"}
+    assert not any("padding" in batch for batch in data.eval_batches("plain"))
+    with pytest.raises(UserError, match="padding must be one of sintel, kitti, got 'chairs'"):
+        EvaluationSet(source=MadeUp(), split="val", padding="chairs")
+
+
 def test_the_check_looks_at_every_set_and_says_which():
     good, bad = MadeUp(), MadeUp("sintel", fails=True)
     data = module(
