@@ -8,6 +8,7 @@ python -m tools.import_weights pmf  own-H-16.pt --net pmf_h16 --omega 7 --interv
 python -m tools.import_weights meanflow checkpoint-last.pth              (PyTorch code, CIFAR-10)
 python -m tools.import_weights meanflow b4.npz --net dit_b4              (JAX code; npz or msgpack)
 python -m tools.import_weights flow deq-flow-H-things-test-3x.pth        (DEQ-Flow, RAFT, GMA, torchvision)
+python -m tools.import_weights hamburger segnext_base.pth --key decode_head.hamburger.   (one block of a network)
 """
 
 import argparse
@@ -19,7 +20,7 @@ from common.errors import UserError
 
 PICKLES = ("edm", "edm2")
 VELOCITIES = ("meanflow", "imf", "pmf")
-FLOW = "flow"
+FLOW, HAMBURGER = "flow", "hamburger"
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -28,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.import_weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("family", choices=[*PICKLES, *VELOCITIES, FLOW], help="which code base wrote the file")
+    parser.add_argument(
+        "family", choices=[*PICKLES, *VELOCITIES, FLOW, HAMBURGER], help="which code base wrote the file"
+    )
     parser.add_argument("file", type=Path, help="the downloaded file")
     parser.add_argument("--out", type=Path, help="folder to write (default: the file's name without ending, beside it)")
     parser.add_argument("--key", help="entry of the file to take (default: ema), e.g. net_ema1. of meanflow's PyTorch")
@@ -52,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         if out == args.file:
             ending = "no .pkl ending" if args.family in PICKLES else "no ending"
             raise UserError(f"{args.file} has {ending}. Name the output folder with --out.")
-        kind = _pickle if args.family in PICKLES else _flow if args.family == FLOW else _velocity
-        done = kind(args, out)
+        kinds = dict.fromkeys(PICKLES, _pickle) | {FLOW: _flow, HAMBURGER: _hamburger}
+        done = kinds.get(args.family, _velocity)(args, out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.exit_code
@@ -96,6 +99,29 @@ def _flow(args: argparse.Namespace, out: Path):
     if args.key or args.noise_scale is not None or args.omega is not None:
         raise UserError("files of optical flow hold one network and no noise: leave --key, --noise-scale, --omega out.")
     return convert_official(args.file, out, network=network_of(args))
+
+
+def _hamburger(args: argparse.Namespace, out: Path):
+    """A Hamburger out of HamNet or a head of mmseg; --key is what its names begin with, --set its arguments."""
+    import yaml
+
+    from common.ham.official import block_tree, from_official
+    from common.targets import EXPORT
+    from common.weights.build import build
+    from common.weights.convert import write_converted
+    from common.weights.load import load_into, load_tensors
+
+    if args.net or args.noise_scale is not None or args.omega is not None:
+        raise UserError("a Hamburger is no whole network: leave --net, --noise-scale and --omega out. Use --set.")
+    state = from_official(load_tensors(args.file), args.key or "")
+    options = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in args.set)}
+    tree = block_tree(state, **options)
+    block = build(tree, allowed=EXPORT)
+    load_into(block, state, prefix="", name=str(args.file))
+    return write_converted(
+        args.file, out, block, tree, tensors=block.state_dict(), release=None, sampler=None,
+        facts={"prefix": args.key or ""},
+    )  # fmt: skip
 
 
 def network_of(args: argparse.Namespace) -> dict:

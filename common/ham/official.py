@@ -44,6 +44,38 @@ def from_official(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Te
     return found
 
 
+def block_tree(state: Mapping[str, Tensor], decomposition: str = "NMF", **options) -> dict:
+    """`_target_` tree of the `Hamburger` that a state dict of `from_official` belongs to.
+
+    decomposition  NMF, VQ or CD, which weights do not show (nor their rank, unless bases are stored)
+    options        further arguments of `Hamburger`, or of the decomposition: rank, steps, eval_steps, inv_t
+    Version, sizes and norm are read from the tensors. Raises UserError for tensors that make no whole block.
+    """
+    for name in ("lower.weight", "upper.weight"):
+        if name not in state:
+            raise UserError(
+                f"the file holds no {name}, so it is no whole Hamburger. Set the prefix to that of the block."
+            )
+    wide, in_channels = state["lower.weight"].shape[:2]
+    version = "v2plus" if "coef_ham" in state else "v2" if "cheese.conv.weight" in state else "v1"
+    dual = bool(options.pop("dual", "ham_channel.bases" in state))
+    channels = wide // 2 if dual else wide
+    norm = "norm" if version == "v1" else "cheese.norm"
+    tree = {
+        "_target_": "common.ham.burger.Hamburger", "in_channels": in_channels, "channels": channels,
+        "version": version, "dual": dual,
+        "norm": "bn" if f"{norm}.running_mean" in state else "gn" if f"{norm}.weight" in state else "none",
+    }  # fmt: skip
+    if version == "v2plus":
+        tree["cheese_factor"] = channels // state["cheese.conv.weight"].shape[0]
+    inner = {key: options.pop(key) for key in ("rank", "steps", "eval_steps", "inv_t") if key in options}
+    if "ham.bases" in state:
+        tree |= {"bases": "online", "groups": len(state["ham.bases"])}
+        inner.setdefault("rank", state["ham.bases"].shape[-1])
+    tree["ham"] = {"_target_": f"common.ham.decompose.{decomposition}", **inner}
+    return tree | options
+
+
 def _ours(name: str, full: str) -> str:
     for pattern, ours in (*HAMNET, *MMSEG):
         if match := re.fullmatch(pattern, name):
