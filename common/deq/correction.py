@@ -66,7 +66,8 @@ class Correction:
         """losses: one per state, first state first, any equal shapes. Raises UserError for an empty list."""
         if not len(losses):
             raise UserError("losses is empty: correction needs the loss of at least one state. Pass a list of losses.")
-        return sum(weight * loss for weight, loss in zip(self.weights(len(losses)), losses, strict=True))
+        weighted = [weight * loss for weight, loss in zip(self.weights(len(losses)), losses, strict=True)]
+        return sum(weighted[1:], start=weighted[0])
 
 
 def losses_of(criterion: Callable[..., Tensor], args: Sequence) -> list[Tensor]:

@@ -64,10 +64,11 @@ class VariationalMask(nn.Module):
         if not self.training or self.dropout == 0:
             return x
         kept = mask is None
-        if kept:
+        if mask is None:
             if self.mask is None:
                 self.mask = _plain(self.mask_for(x))
             mask = self.mask
+        assert mask is not None
         if mask.shape[0] != x.shape[0]:
             self._refuse(x, mask, kept)
         return x * mask.to(device=x.device, dtype=x.dtype)

@@ -126,7 +126,7 @@ class _RefuseSecond(torch.autograd.Function):
     """rows, with a derivative that is refused: the rules below give first derivatives only.
 
     rows come from a solve without autograd. What they depend on, the incoming gradient and through f every parameter
-    and input, is named as inputs, so that whoever differentiates a second time by any of these passes here.
+    and input, is passed as inputs, so that a second differentiation by any of these calls `backward`.
     """
 
     @staticmethod
@@ -240,7 +240,9 @@ class Implicit(Gradient):
         self._warn_of_divergence(self.report)
         if self.on_report is not None:
             self.on_report(self.report)
-        return torch.where(finite, found.z, grad)
+        rows = found.z
+        assert isinstance(rows, Tensor)
+        return torch.where(finite, rows, grad)
 
     def _warn_of_divergence(self, report: Solution) -> None:
         # a solver with stop="never" never synchronises, so nothing is read here either

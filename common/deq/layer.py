@@ -61,7 +61,7 @@ class DEQ(nn.Module):
         self.solver = solver if solver is not None else Anderson()
         self.grad = grad if grad is not None else OneStep()
         self.eval_solver = eval_solver or replace(self.solver, max_iter=int(self.solver.max_iter * eval_factor))
-        steps = (self.grad.replaces_solver and self.grad.steps) or self.solver.max_iter
+        steps = (self.grad.replaces_solver and getattr(self.grad, "steps", None)) or self.solver.max_iter
         if self.grad.replaces_solver and steps < 1:
             raise UserError("Backprop unrolls solver.max_iter steps, got 0. Set deq.grad.steps to the steps to unroll.")
         self.positions = _positions(states, steps)
@@ -156,8 +156,8 @@ def _joined(parts: list[Solution], solver: Solver) -> Solution:
     last = parts[-1]
     return replace(
         last,
-        steps=sum(p.steps for p in parts),
-        evaluations=sum(p.evaluations for p in parts),
+        steps=torch.stack([p.steps for p in parts]).sum(0),
+        evaluations=torch.stack([p.evaluations for p in parts]).sum(0),
         calls=sum(p.calls for p in parts),
         samples=sum(p.samples for p in parts),
         trace=[row for p in parts for row in p.trace],

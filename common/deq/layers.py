@@ -8,6 +8,7 @@ Equation 8), clipping as in TorchDEQ (arXiv 2310.18605, code).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import ref
 
 import torch
@@ -141,7 +142,7 @@ class Norm(nn.Module):
         return factor if self.clip is None else factor.clamp(max=self.clip)
 
     def _split(self, originals: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor]:
-        return originals if self.learn_scale else (None, originals[0])
+        return (originals[0], originals[1]) if self.learn_scale else (None, originals[0])
 
     def _join(self, g: Tensor, v: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return (g, v) if self.learn_scale else v
@@ -320,7 +321,7 @@ def apply_norm(
             )
     for layer in chosen.values():
         dim = TARGETS[parametrize.type_before_parametrizations(layer)]
-        options = dict(dim=dim, clip=limit, learn_scale=learn_scale, target=target)
+        options: dict = dict(dim=dim, clip=limit, learn_scale=learn_scale, target=target)
         norm = WeightNorm(**options) if kind == "weight" else SpectralNorm(power_iterations=power_iterations, **options)
         parametrize.register_parametrization(layer, "weight", norm)
     return list(chosen)
@@ -329,7 +330,10 @@ def apply_norm(
 def remove_norm(module: nn.Module) -> None:
     """Turn every normalised weight below `module` back into a plain parameter with exactly its present value."""
     for layer in list(module.modules()):
-        if parametrize.is_parametrized(layer, "weight") and isinstance(layer.parametrizations.weight[0], Norm):
+        if not parametrize.is_parametrized(layer, "weight"):
+            continue
+        weights: Any = layer.parametrizations
+        if isinstance(weights.weight[0], Norm):
             parametrize.remove_parametrizations(layer, "weight")
 
 

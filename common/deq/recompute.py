@@ -11,7 +11,7 @@ from common.deq.dropout import VariationalMask
 from common.deq.layers import Held, Norm
 
 
-def mem_gc(func: Callable, in_args: Sequence | None = None, module: nn.Module | None = None):
+def mem_gc(func: Callable, in_args: Sequence | None = None, module: Callable | None = None):
     """func(*in_args), keeping only in_args: what lies between is computed again in the backward pass.
 
     func     module or function of tensors; returns a tensor or a tuple
@@ -22,10 +22,10 @@ def mem_gc(func: Callable, in_args: Sequence | None = None, module: nn.Module | 
     run sees the held weights, variational masks and random numbers of the first, even when `reset` has come between.
     Memory: the arguments per call, and the activations of one call at a time in the backward pass.
     """
-    module = func if module is None else module
+    held = func if module is None else module
 
     def contexts():
-        return nullcontext(), AsBefore(module)
+        return nullcontext(), AsBefore(held)
 
     return checkpoint(func, *(in_args or ()), use_reentrant=False, context_fn=contexts)
 
@@ -54,10 +54,10 @@ class AsBefore:
         _set(self.parts, self.now)
 
 
-def _state(parts: list[nn.Module]) -> list:
+def _state(parts: Sequence[nn.Module]) -> list:
     return [part.held if isinstance(part, Norm) else part.mask for part in parts]
 
 
-def _set(parts: list[nn.Module], state: list) -> None:
+def _set(parts: Sequence[nn.Module], state: list) -> None:
     for part, value in zip(parts, state, strict=True):
         setattr(part, "held" if isinstance(part, Norm) else "mask", value)

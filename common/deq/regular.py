@@ -31,7 +31,7 @@ def hutchinson(
 
     Bai et al. (arXiv 2106.14342), Equation 6: E ||v^T J||^2 = ||J||_F^2.
     """
-    total = 0
+    total = fz.new_zeros(())
     for probe in range(vectors):
         v = _normal(fz, generator)
         keep = create_graph or probe < vectors - 1
@@ -163,7 +163,8 @@ def power_iteration(product: Callable[[Tensor], Tensor], start: Tensor, iteratio
     shape = start.shape
     v = start.reshape(len(start), start.shape[1:].numel())
     v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(TINY)
-    before, grown, history = v, None, []
+    before, history = v, []
+    grown: tuple[Tensor, Tensor | None] = v, None  # direction and growth two products ago
     for _ in range(iterations):
         image = product(v.reshape(shape)).reshape(v.shape)
         growth = torch.linalg.vector_norm(image, dim=1)
@@ -175,8 +176,8 @@ def power_iteration(product: Callable[[Tensor], Tensor], start: Tensor, iteratio
         )
     late = torch.stack(history[len(history) // 2 :])
     radius = torch.where(late[-1] == 0, 0.0, late.clamp_min(TINY).log().mean(0).exp())
-    if iterations > 1:
-        u, first = grown
+    u, first = grown
+    if first is not None:  # two products at least
         fitted, misfit = _quadratic(u, before * first[:, None], v * (late[-1] * first)[:, None])
         radius = torch.where(misfit < 0.01, fitted, radius)
     return v.reshape(shape), radius

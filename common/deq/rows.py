@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 LARGEST = 1e12  # relative residual where fn(z) = 0 and z is not: a number, since infinite ones mean a failure
 # Norms below the first number are taken of vectors times the second: their squares would vanish otherwise.
 SMALL = {torch.float32: (1e-10, 2.0**90), torch.float64: (1e-140, 2.0**900)}
+UNMEASURED = torch.empty(0)  # stands for what no evaluation has measured yet
 
 
 class Point(NamedTuple):
@@ -50,15 +51,15 @@ class Rows:
     going: int = 0  # how many were running at the last look
     waiting: bool = False  # some rows may have ended
     # of the last evaluation
-    fz: Tensor | None = None  # (B, D)
-    gz: Tensor | None = None  # (B, D) fz - z
-    image: Tensor | None = None  # (B, D) the answer of a sample that ends here
-    absolute: Tensor | None = None  # (B,)
-    relative: Tensor | None = None  # (B,)
-    size: Tensor | None = None  # (B,) ||fz||
-    small: Tensor | None = None  # (B,) bool: the squares in the two norms may have vanished
-    residual: Tensor | None = None  # (B,) in the solver's stop mode
-    better: Tensor | None = None  # (B,) bool: `image` becomes the best state
+    fz: Tensor = UNMEASURED  # (B, D)
+    gz: Tensor = UNMEASURED  # (B, D) fz - z
+    image: Tensor = UNMEASURED  # (B, D) the answer of a sample that ends here
+    absolute: Tensor = UNMEASURED  # (B,)
+    relative: Tensor = UNMEASURED  # (B,)
+    size: Tensor = UNMEASURED  # (B,) ||fz||
+    small: Tensor = UNMEASURED  # (B,) bool: the squares in the two norms may have vanished
+    residual: Tensor = UNMEASURED  # (B,) in the solver's stop mode
+    better: Tensor = UNMEASURED  # (B,) bool: `image` becomes the best state
     lost: Tensor | None = None  # (B,) bool: to be sent back to the best state; None: known to be none
 
     @classmethod
@@ -152,7 +153,7 @@ class Rows:
     def written_into(self, whole: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """The results of the whole batch: `whole`, those of the last compaction, with the rows still here renewed."""
         own = self.results()
-        if self.index is None:
+        if self.index is None or whole is None:
             return own
         return {name: whole[name].index_copy(0, self.index, part) for name, part in own.items()}
 

@@ -136,7 +136,8 @@ class Solution:
     def detached(self) -> Solution:
         """The same record without z, states and solver state: numbers only, nothing that holds a graph."""
         return Solution(
-            None, self.converged, self.residual_abs, self.residual_rel, self.steps, self.evaluations, self.calls,
+            None,  # type: ignore[arg-type]
+            self.converged, self.residual_abs, self.residual_rel, self.steps, self.evaluations, self.calls,
             self.samples, self.stop, self.tol, self.max_iter, trace=self.trace, backward=self.backward,
             z_is_image=self.z_is_image,
         )  # fmt: skip

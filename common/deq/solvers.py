@@ -61,7 +61,7 @@ class Solver(ABC):
                 f"solver.stop must be one of {', '.join(STOPS)}, got {self.stop}. {nearest(self.stop, STOPS)}"
             )
 
-    def init(self, z: Tensor) -> dict[str, Tensor]:
+    def init(self, z: Tensor) -> dict:
         """State before the first step from z (B, D)."""
         return {}
 
@@ -187,8 +187,8 @@ class Anderson(Solver):
         gram, born = state["gram"][:, :used, :used], state["born"][:, :used]
         valid = None if state["valid"] is None else state["valid"][:, :used]
         if number <= self.m:  # nothing to forget yet: the same slot for every sample
-            at = (slice(None), number - 1)
-            column = (slice(None), slice(None), number - 1)
+            at: tuple = (slice(None), number - 1)
+            column: tuple = (slice(None), slice(None), number - 1)
         else:
             rows = torch.arange(len(born), device=born.device)
             at, column = (rows, state["slot"]), (rows, slice(None), state["slot"])
@@ -262,8 +262,9 @@ class Anderson(Solver):
         Where the newest is not finite, everything is, and the sample goes on from its best state.
         """
         if state["valid"] is None:
-            state["valid"] = torch.zeros_like(state["gram"][:, 0])
-            state["valid"][:, : min(number, self.m)] = 1.0
+            valid = torch.zeros_like(state["gram"][:, 0])
+            valid[:, : min(number, self.m)] = 1.0
+            state["valid"] = valid
         rows = torch.arange(len(following), device=following.device)
         finite = torch.isfinite(point.residual)
         squares = state["gram"].diagonal(dim1=1, dim2=2).masked_fill(state["valid"] == 0, math.inf)

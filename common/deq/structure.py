@@ -89,10 +89,10 @@ class Layout:
             try:
                 leaves = self.spec.flatten_up_to(image)  # the keys of a dict may come in any order
             except ValueError:
-                leaves = [None]
-            if not all(isinstance(leaf, Tensor) for leaf in leaves):
-                expected = _outline(pytree.tree_unflatten([torch.empty(0)] * len(self.shapes), self.spec))
-                raise UserError(f"fn returned {_outline(image)}, but z0 is {expected}. Return the structure of z0.")
+                leaves = []
+            if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+                structure = _outline(pytree.tree_unflatten([torch.empty(0)] * len(self.shapes), self.spec))
+                raise UserError(f"fn returned {_outline(image)}, but z0 is {structure}. Return the structure of z0.")
         for number, (leaf, shape) in enumerate(zip(leaves, self.shapes, strict=True)):
             expected = torch.Size() if self.scalar else torch.Size((rows, *shape))
             if leaf.shape != expected:

@@ -1,4 +1,4 @@
-"""Every gradient rule against the closed forms of the phantom-gradient sheet, in double, at tight fixed points."""
+"""Every gradient rule against the closed forms of the phantom gradient (2111.05177), in double, at fixed points."""
 
 import math
 import shutil
@@ -119,7 +119,7 @@ def test_backprop_against_finite_differences():
     close(grads_of(Backprop(steps=300), w, u, x), grads_of(EXACT["hook"](), w, u, x))
 
 
-def test_single_precision_at_the_tolerance_of_the_sheet():
+def test_single_precision_at_the_given_tolerance():
     """Linear map: the inverse-matrix gradient to 1e-6 relative, float32, tol 1e-7."""
     w, u, x = problem(width=16, norm=0.6, dtype=torch.float32)
     linear = lambda z, x, w, u: z @ w.T + x @ u.T
@@ -336,7 +336,7 @@ def test_what_does_not_need_a_gradient_gets_none(name):
 @pytest.mark.parametrize("name", ["neumann", "hook", "function", "shine"])
 @pytest.mark.parametrize("where", ["cell", "input", "head", "linear loss"])
 def test_second_derivatives_are_refused(name, where):
-    """The scalar test of the sheet: torchdeq returns -2.803 for a second derivative of -3.440, without a word."""
+    """A scalar map: torchdeq returns -2.803 for a second derivative of -3.440, without a word."""
     w, u, x = problem()
     head = torch.ones(5, dtype=D64, requires_grad=True)
     z = attached(RULES[name](), w, u, x)
