@@ -236,7 +236,9 @@ def test_two_calls_of_one_layer_in_one_graph(name):
 
 @EVERY
 def test_accumulated_over_micro_batches(name):
-    net, x = Net(solver=Broyden(max_iter=60, tol=1e-12), grad=RULES[name]), inputs(6)
+    # Shine reads Broyden's last pairs: changes of size tol, whose rounding is eps / tol of them
+    tol = 1e-6 if name == "shine" else 1e-12
+    net, x = Net(solver=Broyden(max_iter=60, tol=tol), grad=RULES[name]), inputs(6)
     net(x).square().sum().backward()
     whole = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
