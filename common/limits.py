@@ -182,7 +182,7 @@ RANGES: dict[str, Range] = {
     ),
     **_names(
         """bias_lr eps eval_factor fourier_scale mlp_ratio noise_scale peak_tflops rate ratio scales seconds
-        sigma_data spacing std temperature time_scale k q clip_act clip_value""",
+        every_seconds sigma_data spacing std temperature time_scale k q clip_act clip_value""",
         POSITIVE,
     ),
     **_names(

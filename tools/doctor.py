@@ -1,6 +1,7 @@
-"""What will work on this machine, and why not: `python -m tools.doctor [data=<name>] [data.root=<folder>]`.
+"""What will work on this machine, and why not: `python -m tools.doctor [--all] [data=<name>] [data.root=<folder>]`.
 
-Looks at packages, the machine, data sets, weights and folders. Leaves nothing behind and downloads nothing.
+Looks at packages, the machine, data sets, weights and folders: one line per group as it goes, then what is broken.
+--all lists every finding with what to do about it. Leaves nothing behind and downloads nothing.
 Exit code 1 when something `make demo` needs is broken, or when the data set asked for is not usable; else 0.
 """
 
@@ -20,6 +21,8 @@ from common.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 OK, ABSENT, BROKEN = "ok", "absent", "BROKEN"
+SHOWN = 6  # names in a line of the summary
+NOWHERE = Path("/nonexistent")
 
 # distribution -> (module to import, needed by `make demo`, what works only with it)
 PACKAGES = {
@@ -175,17 +178,17 @@ def data_sets(names: Iterable[str], root: str | None, asked: str | None = None) 
     for name in names:
         needed = name in ("digits", asked)
         try:
-            _check_source(name, folder)
+            _check_data(name, folder)
         except Exception as error:
             fix = str(error).splitlines()[0] if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            if origin == "default" and beside.is_dir() and _works(_check_source, name, beside):
+            if origin == "default" and beside.is_dir() and _works(_check_data, name, beside):
                 fix = f"Found in {os.path.relpath(beside)}: set DATA_ROOT or data.root to that folder."
             yield Finding(
                 group="data", name=name, state=BROKEN if needed else ABSENT, what=f"not usable under {folder}", fix=fix,
                 needed=needed,
             )  # fmt: skip
         else:
-            where = "comes with scikit-learn" if name == "digits" else f"found under {folder}"
+            where = "needs no files" if _works(_check_data, name, NOWHERE) else f"found under {folder}"
             yield Finding(group="data", name=name, state=OK, what=where, needed=needed)
 
 
@@ -203,7 +206,9 @@ def _read(part: str, name: str, key: str, folder: Path):
 
     top = OmegaConf.load(ROOT / "conf" / "config.yaml")
     chosen = _with_parents(part, name)
-    tree = OmegaConf.create({"paths": top.paths, "seed": 0, "data": {"root": str(folder)}})
+    tree = OmegaConf.create({"paths": top.paths, "seed": 0})
+    if part != "data":
+        tree = OmegaConf.merge(tree, {"data": {"root": str(folder)}})
     # experiments bring their whole tree to the top, the other groups stand under their own name
     tree = OmegaConf.merge(tree, chosen if part == "experiment" else {part: chosen}, {"paths": {"data": str(folder)}})
     value = OmegaConf.select(tree, key)
@@ -218,16 +223,18 @@ def _with_parents(part: str, name: str):
     for parent in chosen.get("defaults", []):
         if isinstance(parent, str) and (ROOT / "conf" / part / f"{parent}.yaml").is_file():
             chosen = OmegaConf.merge(_with_parents(part, parent), chosen)
+    chosen.pop("defaults", None)
     return chosen
 
 
-def _check_source(name: str, folder: Path) -> None:
+def _check_data(name: str, folder: Path) -> None:
+    """Raises what a run with data=<name> would when it looks for its files under `folder`."""
     from common.weights.build import build
 
-    source = build(_read("data", name, "data.source", folder))
-    source.check()
+    data = build(_read("data", name, "data", folder))
+    data.check()
     if name == "digits":
-        source.load("test")
+        data.source.load("test")
 
 
 def weights(root: str | None) -> Iterable[Finding]:
@@ -295,19 +302,33 @@ def _folder(name: str, path: Path, variable: str) -> Finding:
     return Finding(**finding, state=OK, what=f"{path}: writable, {free:.0f} GiB free")
 
 
-def parse(argv: list[str]) -> tuple[str | None, str | None]:
-    """(data set asked for, data root). Raises UserError for any other word."""
+def parse(argv: list[str]) -> tuple[str | None, str | None, bool]:
+    """(data set asked for, data root, whether to list everything). Raises UserError for any other word."""
     values: dict[str, str] = {}
     for word in argv:
+        if word == "--all":
+            continue
         key, equals, value = word.partition("=")
         if not equals or key not in ("data", "data.root") or not value:
-            raise UserError(f"{word!r} is not an option. Options: data=<name>, data.root=<folder>.")
+            raise UserError(f"{word!r} is not an option. Options: --all, data=<name>, data.root=<folder>.")
         values[key] = value
     asked = values.get("data")
     names = data_names()
     if asked is not None and asked not in names:
         raise UserError(f"Data set '{asked}' does not exist. {nearest(asked, names)}One of: {', '.join(names)}.")
-    return asked, values.get("data.root")
+    return asked, values.get("data.root"), "--all" in argv
+
+
+def summary(group: str, findings: list[Finding]) -> str:
+    """One line on a group: how many work, and the names of what does not."""
+    good = sum(finding.state == OK for finding in findings)
+    parts = [f"{good} of {len(findings)} ok"]
+    for state in (BROKEN, ABSENT):
+        names = [finding.name for finding in findings if finding.state == state]
+        if names:
+            shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+            parts.append(f"{state}: {shown}")
+    return f"{group:<10}{'; '.join(parts)}"
 
 
 def show(findings: list[Finding]) -> None:
@@ -335,22 +356,34 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
-        asked, root = parse(words)
+        asked, root, everything = parse(words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.exit_code
     if asked:
         findings = list(data_sets([asked], root, asked))
     else:
-        findings = [*packages(), *machine(), *data_sets(data_names(), root), *weights(root), *folders()]
-    show(findings)
+        findings = []
+        for group, look in (
+            ("packages", packages), ("machine", machine), ("data", lambda: data_sets(data_names(), root)),
+            ("weights", lambda: weights(root)), ("folders", folders),
+        ):  # fmt: skip
+            print(f"looking at {group} ...", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+            findings += (found := list(look()))
+            print(summary(group, found), flush=True)
     broken = [finding for finding in findings if finding.state == BROKEN]
+    if asked or everything:
+        show(findings)
+    elif broken:
+        print()
+        show(broken)
     absent = [finding for finding in findings if finding.state == ABSENT]
     if broken:
         print(f"\n{len(broken)} needed and broken: {', '.join(finding.name for finding in broken)}.")
         return 1
     print(f"\n{'This data set is' if asked else 'Everything for `make demo` is'} ready.", end="")
-    print(f" {len(absent)} optional things are absent; each says what it is for." if absent else "")
+    more = "" if asked or everything else " What each is for and how to get it: python -m tools.doctor --all"
+    print(f" {len(absent)} optional things are absent.{more}" if absent else "")
     return 0
 
 

@@ -18,8 +18,9 @@ def by_name(findings):
 
 
 def test_whole_report_on_this_machine(clean, capsys):
-    assert doctor.main([]) == 0
+    assert doctor.main(["--all"]) == 0
     out = capsys.readouterr().out
+    assert "Error" not in out and "takes no" not in out, "a data set is looked at in a way it does not have"
     for word in (
         "python",
         "torch",
@@ -85,8 +86,38 @@ def test_data_found_missing_and_asked_for(clean, data_root, monkeypatch, capsys)
     assert by_name(doctor.data_sets(["cifar10"], str(clean)))["cifar10"].state == ABSENT
 
 
-def test_digits_need_nothing(clean):
-    assert by_name(doctor.data_sets(["digits"], None))["digits"].state == OK
+@pytest.mark.parametrize("name", ["digits", "chains", "digit_canvas", "lifted", "low_rank", "photograph"])
+def test_sets_that_are_made_on_the_spot_need_nothing(clean, name):
+    finding = by_name(doctor.data_sets([name], None))[name]
+    assert finding.state == OK and finding.what == "needs no files"
+
+
+def test_the_summary_comes_first_and_goes_on_as_it_looks(clean, monkeypatch, capsys):
+    absent = [doctor.Finding(group="x", name=f"w{i}", state=ABSENT, what="no file", fix="Get it.") for i in range(9)]
+    broken = doctor.Finding(group="machine", name="memory", state=BROKEN, what="1 GiB", fix="Buy some.", needed=True)
+    seen = []
+    for group in ("packages", "machine", "data_sets", "weights", "folders"):
+
+        def look(*arguments, group=group):
+            seen.append(capsys.readouterr().out)
+            return {"weights": absent, "machine": [broken]}.get(group, [])
+
+        monkeypatch.setattr(doctor, group, look)
+    assert doctor.main([]) == 1
+    seen.append(capsys.readouterr().out)
+    assert "packages  0 of 0 ok" in seen[1] and "looking at machine" in seen[1], "each line when its group is done"
+    text = "".join(seen)
+    assert "weights   0 of 9 ok; absent: w0, w1, w2, w3, w4, w5 and 3 more" in text
+    assert "Get it." not in text and "Buy some." in text
+
+
+def test_without_anything_broken_the_summary_is_all(clean, monkeypatch, capsys):
+    for group in ("packages", "machine", "data_sets", "weights", "folders"):
+        found = doctor.Finding(group=group, name="a", state=ABSENT, what="no file", fix="Get it.")
+        monkeypatch.setattr(doctor, group, lambda *arguments, found=found: [found])
+    assert doctor.main([]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) <= 12 and "5 optional things are absent." in out and "tools.doctor --all" in out
 
 
 @pytest.mark.parametrize("word", ["data=cifar11", "dta=cifar10", "cifar10", "data="])

@@ -3,6 +3,7 @@
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,11 +11,14 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import atomic
+from common.limits import number
 from common.runtime.training.ema import WeightAverages, averaged, choose_average
 from common.runtime.training.module import evaluating
 
 # Dense bf16 matrix peak in TFLOP/s, from the vendors' data sheets.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0, "V100": 125.0}
+
+BAR_SECONDS = 0.5  # between two updates of the bar: reading the loss waits for the device
 
 
 class Throughput(Callback):
@@ -57,32 +61,59 @@ class Throughput(Callback):
         self._started = (time.perf_counter(), step)
 
 
+def clock(seconds: float) -> str:
+    """A duration as `m:ss`, or `h:mm:ss` from an hour on, to the nearest second."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def unit_of(module) -> str:
     """What a batch of the module is made of, in words."""
     return getattr(module, "unit", "images")
 
 
 class Progress(Callback):
-    """A live bar on a terminal, a line every `every_n_steps` elsewhere: step, loss, images/s and the latest metric."""
+    """A live bar on a terminal, lines elsewhere: step, time, loss, images/s and the latest metric.
 
-    def __init__(self, *, every_n_steps: int = 200):
+    every_n_steps  optimiser steps between two lines
+    every_seconds  a line also comes when this much time has passed since the last one, however slow the steps are
+    Times are of this process: elapsed since training started, and an estimate of what remains at the mean speed.
+    """
+
+    def __init__(self, *, every_n_steps: int = 200, every_seconds: float = 30.0):
         if every_n_steps < 1:
             raise UserError(f"callbacks.progress.every_n_steps must be >= 1, got {every_n_steps}.")
+        number("callbacks.progress.every_seconds", every_seconds, above=0)
         self.every_n_steps = every_n_steps
+        self.every_seconds = every_seconds
         self.latest: dict[str, float] = {}  # what an evaluation wants shown beside the loss
-        self._bar = None
-        self._task = None
+        self._bar: Any = None
+        self._task: Any = None
+        self._started = self._shown = 0.0  # times of the start and of the last line
+        self._first = self._last = 0  # steps at the start and after the last batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = self._shown = time.perf_counter()
+        self._first = self._last = trainer.global_step
         if not trainer.is_global_zero:
             return
         if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
 
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("<"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[values]}"),
             )
@@ -90,15 +121,31 @@ class Progress(Callback):
             self._task = self._bar.add_task("train", total=trainer.max_steps, completed=trainer.global_step, values="")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
-        step = trainer.global_step
-        every = 20 if self._bar else self.every_n_steps
-        if not trainer.is_global_zero or (step % every and step != trainer.max_steps):
+        step, now = trainer.global_step, time.perf_counter()
+        if not trainer.is_global_zero or step == self._last:  # a micro-batch of a step under way
             return
+        self._last = step
+        waited = now - self._shown
+        if self._bar is not None:
+            due = waited >= BAR_SECONDS
+        else:
+            due = step % self.every_n_steps == 0 or waited >= self.every_seconds
+        if not due and step != trainer.max_steps:
+            return
+        self._shown = now
         text = self._text(trainer, outputs, unit_of(pl_module))
         if self._bar is not None:
             self._bar.update(self._task, completed=step, values=text)
         else:
-            print(f"  step {step:>7}/{trainer.max_steps}  {text}", flush=True)
+            print(
+                f"  step {step:>7}/{trainer.max_steps}  {self._times(step, trainer.max_steps, now)}  {text}", flush=True
+            )
+
+    def _times(self, step: int, steps: int, now: float) -> str:
+        """`1:05 elapsed, 2:10 left`"""
+        elapsed = now - self._started
+        left = elapsed * (steps - step) / max(step - self._first, 1)
+        return f"{clock(elapsed)} elapsed, {clock(left)} left"
 
     def _text(self, trainer: Trainer, outputs, unit: str) -> str:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs

@@ -59,20 +59,49 @@ def test_a_gpu_is_recognised_by_name(monkeypatch):
     assert measure.peak_tflops == 312.0
 
 
-def test_progress_prints_lines_with_loss_speed_and_the_metric(capsys):
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test moves."""
+    now = [0.0]
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_progress_prints_lines_with_times_loss_speed_and_the_metric(capsys, clock):
     speed = Throughput()
     speed.images_per_s = 1234.5
-    progress = Progress(every_n_steps=2)
+    progress = Progress(every_n_steps=2, every_seconds=1e6)
     trainer = Trainer(speed, progress)
     progress.on_train_start(trainer, None)
     progress.latest = {"val/fd": 3.25}
     for trainer.global_step in range(1, 7):
+        clock[0] += 700.0
         progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(0.5)}, None, 0)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert lines[-1].split() == ["step", "6/6", "loss", "0.5", "1,234", "images/s", "val/fd", "3.25"]
-    with pytest.raises(UserError, match=r"callbacks.progress.every_n_steps must be >= 1, got 0"):
-        Progress(every_n_steps=0)
+    assert "step       4/6  46:40 elapsed, 23:20 left  loss 0.5  1,234 images/s  val/fd 3.25" in lines[1]
+    assert "6/6  1:10:00 elapsed, 0:00 left" in lines[-1]
+    for options in ({"every_n_steps": 0}, {"every_seconds": 0.0}):
+        with pytest.raises(UserError, match=rf"callbacks.progress.{next(iter(options))} must be >"):
+            Progress(**options)
+
+
+def test_slow_steps_give_lines_by_the_clock_and_micro_batches_none(capsys, clock):
+    """9 s a step in three micro-batches: a line every 36 s, the first after four steps, although 200 are asked for."""
+    progress, trainer = Progress(every_n_steps=200, every_seconds=30.0), Trainer()
+    trainer.global_step, trainer.max_steps = (
+        1000,
+        1100,
+    )  # continued: what remains is judged by the steps of this process
+    progress.on_train_start(trainer, None)
+    for step in range(1000, 1012):
+        for micro in range(3):
+            clock[0] += 3.0
+            trainer.global_step = step + (micro == 2)
+            progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(0.5)}, None, 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1004/1100", "1008/1100", "1012/1100"]
+    assert "0:36 elapsed, 14:24 left" in lines[0]
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
