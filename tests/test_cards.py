@@ -215,6 +215,14 @@ def test_card_starts_with_idea_and_result(card):
     assert found and -1 not in at and at == sorted(at), f"{name_of(card)}: idea, headline, then equations"
 
 
+@pytest.mark.parametrize("path", sorted((REPO / "projects").glob("*/results.json")), ids=name_of)
+def test_no_recorded_paper_has_an_unfinished_test(path):
+    """`tools.new_paper` writes a test that is unfinished until its author fills in a case with a known answer."""
+    for test in (REPO / "tests/projects").rglob(f"test_{path.parent.name}*.py"):
+        text = test.read_text(encoding="utf-8")
+        assert not re.search(r"^(CASE|ANSWER) = None", text, flags=re.MULTILINE), name_of(test)
+
+
 @pytest.mark.parametrize("card", cards(), ids=name_of)
 def test_equations_name_their_place_in_the_paper(card):
     rows = [line for line in card.read_text(encoding="utf-8").splitlines() if line.startswith("| paper | equation |")]

@@ -4,12 +4,14 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from common.errors import UserError
-from tools import claim
+from common.losses.denoising import DenoisingLoss
+from tools import claim, zoo
 from tools.new_paper import FILES, class_name, new_paper
 
 PAPER = dict(title="Widget Flow: α to β", venue="ICLR 2030", arxiv="3001.01234")
@@ -30,6 +32,35 @@ def test_the_new_paper_passes_its_own_tests_and_ours(tmp_path, repo):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 10, done.stdout
+    assert re.search(r"\b1 xfailed\b", done.stdout), done.stdout  # the equation's case is not filled in yet
+    zoo.rendered(tmp_path / "projects/widget_flow/README.md", "widget_flow", tmp_path)
+    assert zoo.projects(tmp_path)["widget_flow"].title == PAPER["title"]
+
+
+# (sigma^2 + sd^2) / (sigma sd)^2 |0 - y|^2 for y = [1, -0.5], sigma = 1.5, sd = 0.75: 2.8125 / 1.265625 * 1.25
+RIGHT = 2.8125 / 1.265625 * 1.25
+
+
+@pytest.mark.parametrize(("answer", "outcome"), [(None, "xfailed"), (RIGHT, "passed"), (1.01 * RIGHT, "failed")])
+def test_the_generated_test_of_the_equation_can_fail(tmp_path, answer, outcome):
+    """It runs as it is written, with a case filled in and a right, a wrong and no answer."""
+    new_paper("widget", root=tmp_path, **PAPER)
+    source = (tmp_path / "tests/projects/test_widget.py").read_text()
+    scope = {}
+    exec(compile(source, "test_widget.py", "exec"), scope)
+    if answer is not None:
+        scope["CASE"] = {"y": [[[[1.0, -0.5]]]], "sigma": [1.5], "noise": [[[[0.3, 2.0]]]]}
+        scope["ANSWER"] = [answer]
+    module = SimpleNamespace(loss=DenoisingLoss(sigma_data=0.75))
+    try:
+        scope["test_the_equation_on_a_case_with_a_known_answer"](module)
+        found = "passed"
+    except pytest.xfail.Exception as reason:
+        assert "unfinished: fill in CASE and ANSWER of tests/projects/test_widget.py" in str(reason)
+        found = "xfailed"
+    except AssertionError:
+        found = "failed"
+    assert found == outcome
 
 
 def test_parameters_and_configuration_name_the_same_things(tmp_path):
@@ -59,7 +90,17 @@ def test_bad_slugs(tmp_path, slug):
         new_paper(slug, root=tmp_path, **PAPER)
 
 
-@pytest.mark.parametrize("field, value", [("arxiv", "24061"), ("title", 'a "b"'), ("venue", " "), ("title", "a\nb")])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("arxiv", "24061"),
+        ("title", 'a "b"'),
+        ("venue", " "),
+        ("title", "a\nb"),
+        ("venue", "A (B)"),
+        ("family", 'a "b"'),
+    ],
+)
 def test_bad_facts(tmp_path, field, value):
     with pytest.raises(UserError, match=f"{field} must"):
         new_paper("widget", root=tmp_path, **{**PAPER, field: value})
