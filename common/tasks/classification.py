@@ -150,18 +150,23 @@ def write_predictions(
     tile_width, tile_height, frame, line = width * scale, height * scale, 3, 12
     step_x, step_y = tile_width + 2 * frame + 4, tile_height + 2 * frame + line + 4
     columns = max(1, round(count**0.5))
-    sheet = Image.new("RGB", (columns * step_x + 4, -(-count // columns) * step_y + 4), "white")
+    right = sum(guess == label for guess, label in zip(guesses, labels))
+    heads = ("below each picture: predicted class", f"green: right ({right} of {count}), red: wrong")
+    top = line * len(heads) + 4
+    sheet = Image.new("RGB", (max(columns * step_x + 4, 240), top + -(-count // columns) * step_y + 4), "white")
     pen = ImageDraw.Draw(sheet)
+    for number, head in enumerate(heads):
+        pen.text((4, 2 + number * line), head, fill="black")
     arrays = pixels.expand(-1, 3, -1, -1) if channels == 1 else pixels
     for number, (array, guess, label) in enumerate(zip(arrays.permute(0, 2, 3, 1).numpy(), guesses, labels)):
-        x, y = 4 + number % columns * step_x, 4 + number // columns * step_y
+        x, y = 4 + number % columns * step_x, top + number // columns * step_y
         pen.rectangle(
             (x, y, x + tile_width + 2 * frame - 1, y + tile_height + 2 * frame - 1),
             fill=RIGHT if guess == label else WRONG,
         )
         picture = Image.fromarray(array).resize((tile_width, tile_height), Image.Resampling.NEAREST)
         sheet.paste(picture, (x + frame, y + frame))
-        text = names[guess] if guess == label else f"{names[guess]} | {names[label]}"
+        text = names[guess] if guess == label else f"{names[guess]} (true: {names[label]})"
         pen.text((x, y + tile_height + 2 * frame), text, fill="black")
     with atomic(path) as temporary:
         sheet.save(temporary, format="PNG")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from common.files import atomic
 from projects.deq_flow.metrics import end_point_error
 
 GAP, LINE, WIDTH = 4, 14, 320  # pixels: between tiles, height of a line of text, width of a tile
+WHEEL = 6 * LINE  # pixels: side of the colour wheel in the key
 HEADS = ("first frame", "true flow", "estimate", "error")
 
 
@@ -29,13 +31,15 @@ def write_pairs(path: Path, rows: Sequence[Row]) -> Path:
     """A line of four tiles for each pair, colours of truth and estimate on one scale; returns `path`.
 
     The error is white at a tenth of the largest true motion, but at 3 pixels at least; where the truth is unknown truth
-    and error are black. Its mean over the known pixels stands below each row.
+    and error are black. Below each row stand the mean error over the known pixels and both scales in pixels, at the end
+    a key: the colour wheel and the colours of the error.
     """
     from PIL import Image, ImageDraw
 
     lines = [(_tiles(row), _caption(row)) for row in rows]
     width = max(tiles[0].width for tiles, _ in lines) + GAP
-    height = LINE + GAP + sum(tiles[0].height + LINE + GAP for tiles, _ in lines)
+    rows_end = LINE + GAP + sum(tiles[0].height + LINE + GAP for tiles, _ in lines)
+    height = rows_end + WHEEL + GAP
     canvas = Image.new("RGB", (len(HEADS) * width + GAP, height), "white")
     pen = ImageDraw.Draw(canvas)
     for column, head in enumerate(HEADS):
@@ -46,15 +50,62 @@ def write_pairs(path: Path, rows: Sequence[Row]) -> Path:
             canvas.paste(tile, (GAP + column * width, y))
         pen.text((GAP, y + tiles[0].height), caption, fill="black")
         y += tiles[0].height + LINE + GAP
+    _draw_key(canvas, pen, rows_end)
     with atomic(Path(path)) as temporary:
         canvas.save(temporary, format="PNG")
     return Path(path)
 
 
+def _draw_key(canvas, pen, top: int) -> None:
+    from PIL import Image
+
+    wheel = Image.fromarray(wheel_picture(WHEEL).permute(1, 2, 0).numpy())
+    canvas.paste(wheel, (GAP, top))
+    left = 2 * GAP + WHEEL
+    bar = heat(torch.linspace(0, 1, 160).expand(LINE, -1))
+    canvas.paste(Image.fromarray(bar.permute(1, 2, 0).numpy()), (left, top + 4 * LINE))
+    for line, text in (
+        (0, "Flow: the hue is the direction of motion as on the wheel,"),
+        (1, "white no motion, full colour the length below the row."),
+        (3, "Error: from 0 (left) to the length below the row (right)."),
+    ):
+        pen.text((left, top + line * LINE), text, fill="black")
+
+
+def wheel_picture(side: int) -> Tensor:
+    """The colour wheel as uint8 (3, side, side): motion away from the centre, full colour at the rim, white outside."""
+    place = 2 * torch.arange(side) / (side - 1) - 1
+    flow = torch.stack(torch.meshgrid(place, place, indexing="xy"))
+    inside = torch.linalg.vector_norm(flow, dim=0) <= 1
+    return torch.where(inside, flow_to_rgb(flow, 1.0), 255)
+
+
+def with_wheel(colours: Tensor, largest: float) -> Tensor:
+    """Flow colours uint8 (3, H, W) with the wheel and its length in pixels in the lower right corner."""
+    from PIL import Image, ImageDraw
+
+    height, width = colours.shape[1:]
+    side = max(min(height, width) // 5, 12)
+    picture = Image.fromarray(colours.permute(1, 2, 0).contiguous().numpy())
+    picture.paste(Image.fromarray(wheel_picture(side).permute(1, 2, 0).numpy()), (width - side, height - side))
+    text = f"{largest:.1f} px"
+    pen = ImageDraw.Draw(picture)
+    room = int(pen.textlength(text)) + 4
+    if room + side <= width:
+        pen.rectangle((width - side - room, height - LINE, width - side - 1, height), fill="white")
+        pen.text((width - side - room + 2, height - LINE + 1), text, fill="black")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _error_limit(row: Row) -> float:
+    """Pixels at which the picture of the error is white."""
+    return max(largest_motion(row.flow, row.valid > 0) / 10, 3.0)
+
+
 def _tiles(row: Row) -> list:
     known = row.valid > 0
     largest = largest_motion(row.flow, known)
-    error = end_point_error(row.estimate[None], row.flow[None])[0] / max(largest / 10, 3.0)
+    error = end_point_error(row.estimate[None], row.flow[None])[0] / _error_limit(row)
     return [
         tile(row.frame),
         tile(flow_to_rgb(row.flow, largest) * known),
@@ -67,7 +118,10 @@ def _caption(row: Row) -> str:
     known = row.valid > 0
     errors = end_point_error(row.estimate[None], row.flow[None])[0][known]
     still = torch.linalg.vector_norm(row.flow, dim=0)[known]
-    return f"EPE {float(errors.mean()):.2f} px; true motion {float(still.mean()):.2f} px on average"
+    return (
+        f"EPE {float(errors.mean()):.2f} px; true motion {float(still.mean()):.2f} px on average; "
+        f"full colour {largest_motion(row.flow, known):.1f} px; error up to {_error_limit(row):.1f} px"
+    )
 
 
 def largest_motion(flow: Tensor, known: Tensor | None = None) -> float:

@@ -17,7 +17,7 @@ from common.data.pictures import is_picture
 from common.errors import UserError
 from common.files import atomic, write_json
 from common.runtime.training import figures
-from projects.deq_flow.pictures import largest_motion, tile
+from projects.deq_flow.pictures import largest_motion, tile, with_wheel
 
 RATE = 10.0  # frames per second of what has no rate of its own
 ZERO = "from zero"
@@ -140,7 +140,7 @@ def write_clip(module, clip: Clip, folder: Path, *, reuse: bool | str) -> list[P
             row["difference_px"] = float(torch.linalg.vector_norm(chosen - flows[ZERO], dim=0).mean())
         rows.append(row)
         scale = max(scale, largest_motion(chosen))  # colours of later frames do not flicker
-        coloured = flow_to_rgb(chosen, scale)
+        coloured = with_wheel(flow_to_rgb(chosen, scale), scale)
         frames.append(_write_png(folder / "frames" / f"{number:06d}.png", coloured))
         shown.append(torch.cat([pair[0], coloured], dim=2 if pair[0].shape[1] > pair[0].shape[2] else 1))
     written = [_write_gif(folder / "flow.gif", shown, clip.rate)]

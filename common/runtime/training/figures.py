@@ -40,7 +40,10 @@ def _parse(text) -> float | None:
 
 def plot_curves(metrics_csv, folder) -> list[Path]:
     """Draws `<folder>/loss.png` (every metric with "loss" in its last part) and `<folder>/fd.png` (those whose last
-    part starts with fd or fid) from a metrics.csv; returns the files written, none for a run that logged neither."""
+    part starts with fd or fid, an axis per kind of features) from a metrics.csv.
+
+    Returns the files written, none for a run that logged neither.
+    """
     folder = Path(folder)
     if not Path(metrics_csv).is_file():
         return []
@@ -55,43 +58,69 @@ def plot_curves(metrics_csv, folder) -> list[Path]:
         k: c for k, c in loss.items() if not (k.endswith("_epoch") and (k[:-6] in loss or f"{k[:-6]}_step" in loss))
     }
     written = []
-    for name, lines in chosen.items():
-        if lines:
-            label = "training loss" if name == "loss" else "Fréchet distance (lower is better)"
-            plot_lines(lines, folder / f"{name}.png", xlabel="step", ylabel=label)
-            written.append(folder / f"{name}.png")
+    if chosen["loss"]:
+        plot_lines(chosen["loss"], folder / "loss.png", xlabel="step", ylabel="training loss")
+        written.append(folder / "loss.png")
+    if chosen["fd"]:
+        panels: dict[str, dict] = {}
+        for name, curve in chosen["fd"].items():
+            kind, _, features = _kind_of_distance(name)
+            label = f"{'FID' if kind == 'fid' else 'Fréchet distance'}, {features} (lower is better)"
+            panels.setdefault(label if features else "Fréchet distance (lower is better)", {})[name] = curve
+        plot_panels(panels, folder / "fd.png", xlabel="step")
+        written.append(folder / "fd.png")
     return written
 
 
-def plot_lines(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], path, *, xlabel: str, ylabel: str) -> None:
-    """One PNG with a line per entry; the y axis is logarithmic when the values are positive and span a lot.
+def _kind_of_distance(name: str) -> tuple[str, str, str]:
+    """`val/fd_digits_one_step` -> ("fd", "_", "digits"): distances of different features share no scale."""
+    kind, sep, rest = name.rpartition("/")[2].partition("_")
+    return kind.lower(), sep, rest.partition("_")[0]
 
-    `val/x` and `test/x` share a colour (line, and diamond for the final number), `.../x_floor` is a dashed level, and
-    a line of many points is drawn faint under its running mean.
+
+Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+def plot_lines(lines: Lines, path, *, xlabel: str, ylabel: str) -> None:
+    """`plot_panels` with one axis."""
+    plot_panels({ylabel: lines}, path, xlabel=xlabel)
+
+
+def plot_panels(panels: Mapping[str, Lines], path, *, xlabel: str) -> None:
+    """One PNG with an axis per entry, labelled by its key, above each other; a line per entry of an axis.
+
+    An axis is logarithmic when its values are positive and span a lot. `val/x` and `test/x` share a colour: the curve
+    while training, and a diamond for the number at the end. `.../x_floor` is a dashed level, and a line of many points
+    is drawn faint under its running mean. The legend says so.
     """
-    figure, axes = new_figure()
-    names = list(dict.fromkeys(name.rpartition("/")[2] for name in lines))
-    labelled = set()
-    for name, (x, y) in lines.items():
-        split, _, metric = name.rpartition("/")
-        colour = COLOURS[names.index(metric) % len(COLOURS)]
-        label = None if metric in labelled else metric
-        labelled.add(metric)
-        if metric.endswith("_floor"):
-            axes.axhline(y[-1], color=colour, linewidth=1.2, linestyle="--", label=label)
-        elif split == "test":
-            axes.plot(x, y, "D", color=colour, markersize=6, label=label)
-        elif len(x) > 60:
-            axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
-            axes.plot(x, running_mean(y, len(y) // 25), color=colour, linewidth=1.6, label=label)
+    figure, axes = new_figure(rows=len(panels))
+    names = list(dict.fromkeys(name.rpartition("/")[2] for lines in panels.values() for name in lines))
+    for axis, (ylabel, lines) in zip(axes if len(panels) > 1 else [axes], panels.items()):
+        for name, (x, y) in lines.items():
+            _draw(axis, name, x, y, COLOURS[names.index(name.rpartition("/")[2]) % len(COLOURS)])
+        if wide(value for _, y in lines.values() for value in y):
+            axis.set_yscale("log")
+        axis.set_ylabel(ylabel, fontsize="medium" if len(panels) == 1 else "small")
+        if len(panels) > 1:
+            axis.legend(frameon=False, fontsize="small")
         else:
-            axes.plot(x, y, color=colour, linewidth=1.4, marker="o", markersize=4, label=label)
-    if wide(value for _, y in lines.values() for value in y):
-        axes.set_yscale("log")
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    figure.legend(loc="outside lower center", ncols=min(3, len(labelled)), frameon=False)
+            figure.legend(loc="outside lower center", ncols=min(3, len(axis.lines)), frameon=False)
+        axis.set_xlabel(xlabel)
     save_figure(figure, path)
+
+
+def _draw(axis, name: str, x: Sequence[float], y: Sequence[float], colour: str) -> None:
+    split, _, metric = name.rpartition("/")
+    if metric.endswith("_floor"):
+        axis.axhline(y[-1], color=colour, linewidth=1.2, linestyle="--", label=f"{metric.removesuffix('_floor')}, "
+                     "real images against real images")  # fmt: skip
+    elif split == "test":
+        axis.plot(x, y, "D", color=colour, markersize=6, label=f"{metric}, at the end, all samples")
+    elif len(x) > 60:
+        axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
+        axis.plot(x, running_mean(y, len(y) // 25), color=colour, linewidth=1.6, label=metric)
+    else:
+        axis.plot(x, y, color=colour, linewidth=1.4, marker="o", markersize=4, label=metric)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -109,17 +138,22 @@ def wide(values) -> bool:
     return bool(values) and min(values) > 0 and math.log10(max(values) / min(values)) > LOG_SPAN
 
 
-def new_figure():
-    """(figure, axes) of a size that reads well in a README, without touching pyplot's global state."""
+def new_figure(rows: int = 1):
+    """(figure, axes) of a size that reads well in a README, without touching pyplot's global state.
+
+    rows   axes above each other that share x; axes is a list of them from 2 on
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7.2, 4.2 if rows == 1 else 2.8 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    axes = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.sharex(axes[0])
+    return figure, axes[0] if rows == 1 else axes
 
 
 def save_figure(figure, path) -> None:

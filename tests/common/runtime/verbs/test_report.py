@@ -193,3 +193,21 @@ def test_report_is_light_and_json_is_strict(tmp_path):
         objective=float("nan"),
     )
     json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_distances_of_different_features_have_an_axis_each_and_the_end_is_explained(tmp_path, monkeypatch):
+    (tmp_path / "metrics.csv").write_text(
+        "step,val/fd_digits_one_step,val/fd_digits_floor,test/fd_digits_one_step,val/fd_pixels_one_step,val/fd_plain\n"
+        "1,300.0,,,0.5,\n2,200.0,20.0,190.0,0.4,1.0\n"
+    )
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    figures.plot_curves(tmp_path / "metrics.csv", tmp_path)
+    digits, pixels, plain = drawn[0].axes
+    assert "digits" in digits.get_ylabel() and "pixels" in pixels.get_ylabel() and "plain" in plain.get_ylabel()
+    assert [text.get_text() for text in digits.get_legend().get_texts()] == [
+        "fd_digits_one_step",
+        "fd_digits, real images against real images",
+        "fd_digits_one_step, at the end, all samples",
+    ]  # fmt: skip
+    assert max(pixels.get_lines()[0].get_ydata()) == 0.5
