@@ -66,12 +66,16 @@ class VariationalMask(nn.Module):
         kept = mask is None
         if mask is None:
             if self.mask is None:
-                self.mask = _plain(self.mask_for(x))
+                self.reset_mask(x)
             mask = self.mask
         assert mask is not None
         if mask.shape[0] != x.shape[0]:
             self._refuse(x, mask, kept)
         return x * mask.to(device=x.device, dtype=x.dtype)
+
+    def reset_mask(self, x: Tensor) -> None:
+        """Keep a fresh mask for x until the next reset (TorchDEQ's name)."""
+        self.mask = _plain(self.mask_for(x))
 
     def reset(self) -> None:
         """Let the kept mask go: the next use draws a new one."""

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from common.deq.dropout import VariationalMask
 from common.deq.structure import without_autocast
 from common.errors import UserError, nearest
+from common.tensors import only_shapes
 
 # Layer type -> axis of the weight that counts output channels. By type, not by isinstance: subclasses such as the
 # output projection of nn.MultiheadAttention are read by others behind the back of a parametrisation.
@@ -31,6 +32,10 @@ TARGETS = {
     nn.ConvTranspose3d: 1,
 }
 KINDS = ("weight", "spectral", "none")
+WRITTEN = (
+    "a normalised weight was written in place, which has no effect on its parameters. "
+    "Assign instead: layer.weight = new_value, or initialise before apply_norm."
+)
 EPS = 1e-12  # below this a norm counts as zero
 
 
@@ -43,6 +48,7 @@ class Held:
     stamps    (version, address) of each source at that time
     version   of the weight itself, to notice in-place writes to it
     spent     a backward pass has gone through the graph: it cannot serve a second one
+    given     assigned from outside (`Norm.hold`): it stays until the next reset whatever happens to the sources
     """
 
     weight: Tensor
@@ -50,6 +56,7 @@ class Held:
     stamps: tuple[tuple[int, int], ...]
     version: int
     spent: bool = False
+    given: bool = False
 
 
 class Norm(nn.Module):
@@ -59,6 +66,10 @@ class Norm(nn.Module):
     when a parameter is written, replaced, moved or loaded, when the module changes between training and evaluation,
     and after a backward pass through it. Two limits: a write through `parameter.data` in place goes unnoticed until
     the next of these events or reset, and inside torch.compile versions are not compared.
+
+    The weight is a result: writing into it (`nn.init.zeros_(layer.weight)`, `layer.weight.data.fill_(0)`) reaches no
+    parameter and is refused, at the next access or, through `.data`, at the first reset. Assign instead, or
+    initialise before apply_norm.
     """
 
     def __init__(self, dim: int, clip: float | None, learn_scale: bool, target: float):
@@ -72,6 +83,8 @@ class Norm(nn.Module):
         self.learn_scale = learn_scale
         self.target = target
         self.held: Held | None = None  # common.deq.recompute puts an earlier one back
+        # Results given out before the first reset (tensor, copy, version); None after it.
+        self.shown: list[tuple[Tensor, Tensor, int]] | None = []
 
     def compute(self, *originals: Tensor) -> Tensor:
         """The normalised weight from (g, v), or from (v,) when the scale is constant."""
@@ -81,10 +94,11 @@ class Norm(nn.Module):
         """What a reset in training mode does to the state beside the parameters."""
 
     def forward(self, *originals: Tensor) -> Tensor:
+        self._refuse_writes()
         held = self.held
         # Other tensors than those held: a functional call with its own parameters. The held weight stays for later.
         if held is None or any(a is not b for a, b in zip(originals, held.sources)):
-            return self.compute(*originals)
+            return self._show(self.compute(*originals))
         if not torch.compiler.is_compiling() and not self._is_current(held):
             self.held = None
             return self.compute(*originals)
@@ -99,10 +113,31 @@ class Norm(nn.Module):
 
     def reset(self, *originals: Tensor) -> None:
         """Compute the weight now and keep it until the next reset or any of the events of the class docstring."""
-        self.held = None
+        self._refuse_writes(values=True)
+        self.held = self.shown = None
         if self.training:
             self.advance(*originals)
         self._hold(originals)
+
+    def hold(self, weight: Tensor, *originals: Tensor) -> None:
+        """Use `weight`, with its graph, in place of the computed one until the next reset; the parameters stay."""
+        self.held = Held(weight, originals, tuple(map(_stamp, originals)), _stamp(weight)[0], given=True)
+
+    def _show(self, weight: Tensor) -> Tensor:
+        """Remembers a result made before the first reset, so that a write into it is noticed."""
+        if self.shown is not None and not torch.compiler.is_compiling() and not only_shapes(weight):
+            seen = weight.detach()  # shares its version
+            if not torch._C._functorch.is_functorch_wrapped_tensor(seen) and not seen.is_inference():
+                self.shown = [(seen, seen.clone(), seen._version)]
+        return weight
+
+    def _refuse_writes(self, values: bool = False) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for seen, copy, version in self.shown or ():
+            if seen._version != version or (values and not torch.equal(seen, copy)):
+                self.shown = []
+                raise UserError(WRITTEN)
 
     def current(self) -> Held | None:
         """The held weight if the next access would use it."""
@@ -125,15 +160,14 @@ class Norm(nn.Module):
         return weight
 
     def _is_current(self, held: Held) -> bool:
+        if held.given:
+            return True
         if held.spent or held.stamps != tuple(map(_stamp, held.sources)):
             return False
         if held.weight.is_inference():
             return torch.is_inference_mode_enabled()
         if held.weight._version != held.version:
-            raise UserError(
-                "a normalised weight was written in place, which has no effect on its parameters. "
-                "Assign instead: layer.weight = new_value, or initialise before apply_norm."
-            )
+            raise UserError(WRITTEN)
         return True
 
     def _factor(self, g: Tensor | None, norm: Tensor) -> Tensor:
@@ -149,21 +183,26 @@ class Norm(nn.Module):
 
     # The events that end a held weight, beyond those that `_is_current` sees.
 
+    def _forget(self) -> None:
+        self.held = None
+        self.shown = self.shown and []
+
     def train(self, mode: bool = True):
         if mode != self.training:
             self.held = None
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True):
-        self.held = None
+        self._forget()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args) -> None:
-        self.held = None
+        self._forget()
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "held": None}  # a copy starts without: graphs cannot be copied
+        # A copy starts without: graphs cannot be copied.
+        return {**self.__dict__, "held": None, "shown": self.shown and []}
 
     def extra_repr(self) -> str:
         scale = "learn_scale=True" if self.learn_scale else f"target={self.target}"
@@ -193,7 +232,7 @@ class WeightNorm(Norm):
 
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(g, v), or v, that give `weight`: what `layer.weight = value` stores."""
-        self.held = None
+        self._forget()
         norm = self._norm(weight)
         return self._join(norm.clone(), torch.where(norm > EPS, weight, weight[0].numel() ** -0.5))
 
@@ -248,7 +287,7 @@ class SpectralNorm(Norm):
 
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(g, v), or v, that give `weight`, after finding its singular vectors: what `layer.weight = value` stores."""
-        self.held = None
+        self._forget()
         empty = torch.linalg.vector_norm(weight) <= EPS
         v = torch.where(empty, torch.ones_like(weight), weight)
         matrix = self._matrix(v)

@@ -178,6 +178,8 @@ class DEQTransformer(nn.Module):
     affine       layer norms have gains and biases (deq-lm) or not (deq-seq)
     norm         applied to f once: `common.deq.layers.apply_norm` with its options, or None
     std          standard deviation of initial weights (deq-lm 0.01)
+    cell_start   linear weights of f: "normal", as the others (deq-lm), or "torch", as its layers come (deq-seq, which
+                 normalises f before it initialises the network, so that only the biases are reached)
 
     Position t of any iterate depends on tokens <= t alone under plain iteration. Solvers that mix iterates with
     coefficients computed from the whole row (Anderson, Broyden, Newton), and stopping by the row's residual, let later
@@ -209,8 +211,10 @@ class DEQTransformer(nn.Module):
         affine: bool = True,
         norm: Callable[[nn.Module], object] | None = None,
         std: float = 0.01,
+        cell_start: str = "normal",
     ):
         super().__init__()
+        limits.choice("cell_start", cell_start, ("normal", "torch"))
         limits.positive(width=width, blocks=blocks, heads=heads, head_width=head_width, inner=inner)
         limits.choice("norm_order", norm_order, ("pre", "post"))
         limits.multiple_of("width", width, 2, "half sines, half cosines")
@@ -233,15 +237,16 @@ class DEQTransformer(nn.Module):
         )  # fmt: skip
         self.deq = deq
         self.register_buffer("frequencies", 10000 ** (-torch.arange(0, width, 2) / width), persistent=False)
-        self._initialise(std)
+        self._initialise(std, cell_start)
         if norm is not None:
             norm(self.cell)
 
-    def _initialise(self, std: float) -> None:
+    def _initialise(self, std: float, cell_start: str) -> None:
         """Linear weights N(0, std^2), biases 0, layer-norm gains N(1, std^2): small, so that f starts contractive."""
         for module in (self.injection, *self.cell.modules()):
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=std)
+                if module is self.injection or cell_start == "normal":
+                    nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:

@@ -17,6 +17,7 @@ TorchDEQ: arXiv 2310.18605, released as torchdeq 0.1.0.
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -37,7 +38,7 @@ from common.deq.recompute import mem_gc
 from common.deq.regular import hutchinson, power_iteration
 from common.errors import UserError, nearest
 from common.torchdeq import initial
-from common.torchdeq.config import DEQConfig, add_deq_args, refuse_misspelling
+from common.torchdeq.config import DEQConfig, add_deq_args, warn_unknown
 from common.torchdeq.core import (
     DEQBase,
     DEQIndexing,
@@ -50,6 +51,7 @@ from common.torchdeq.norm import (
     SpectralNorm,
     WeightNorm,
     apply_norm,
+    from_torchdeq,
     register_norm,
     register_norm_module,
     remove_norm,
@@ -60,12 +62,17 @@ from common.torchdeq.norm import (
 from common.torchdeq.solver import (
     SolverStat,
     anderson_solver,
+    batch_flatten,
+    batch_masked_mixing,
     broyden_solver,
     fixed_point_iter,
     get_solver,
+    init_solver_info,
     register_solver,
     simple_fixed_point_iter,
     solver_stat_from_final_step,
+    solver_stat_from_info,
+    update_state,
 )
 
 _weights: dict[str, Callable[..., float]] = {"exp": exp_weight, "linear": linear_weight, "const": const_weight}
@@ -84,7 +91,8 @@ def fp_correction(
 ) -> Tensor | tuple[Tensor, list[float]]:
     """Loss over the states of a solve, sum_k w(n, k) crit(*args_k): sparse fixed-point correction (2204.08442, Eq. 9).
 
-    args         of crit: a list or tuple gives one entry per state, all else is repeated
+    args         of crit: a list or tuple gives one entry per state, all else is repeated; a shorter list starts over,
+                 as in torchdeq, with a warning
     weight_func  "exp": gamma^(n-k-1), gamma 0.8;  "linear": 1 - (n-k-1)/n gamma + bias, gamma 0.9, bias 0;
                  "const": c, 1, one number on any device (torchdeq: a vector, on CUDA only, pitfall 17); or registered
     kwargs       gamma, bias, c, as far as the function takes them
@@ -98,10 +106,17 @@ def fp_correction(
         )
     function = _weights[weight_func]
     if function in _OWN_WEIGHTS:
-        refuse_misspelling(kwargs, ("gamma", "bias", "c"), "fp_correction")
+        warn_unknown(kwargs, ("gamma", "bias", "c"), "fp_correction")
         taken = inspect.signature(function).parameters
         kwargs = {name: value for name, value in kwargs.items() if name in taken}
-    losses = losses_of(crit, args)
+    columns = [each if isinstance(each, list | tuple) else [each] for each in args]
+    n = max((len(column) for column in columns), default=0)
+    if any(len(column) not in (0, 1, n) for column in columns):
+        warnings.warn(
+            f"the lists in args hold {[len(c) for c in columns]} states: the shorter start over.", stacklevel=2
+        )
+        columns = [[column[k % len(column)] for k in range(n)] if column else column for column in columns]
+    losses = losses_of(crit, columns)
     n = len(losses)
     loss = sum(function(n, k, **kwargs) * each for k, each in enumerate(losses))
     return (loss, [each.item() for each in losses]) if return_loss_values else loss
@@ -151,7 +166,14 @@ def _submodule(name: str, *members, **more) -> ModuleType:
 
 
 _FIXED_POINT = (fixed_point_iter, simple_fixed_point_iter)
-core = _submodule("core", DEQBase, DEQIndexing, DEQSliced, get_deq, register_deq, reset_deq)
+_HELPERS = (
+    batch_flatten, batch_masked_mixing, init_solver_info, solver_stat_from_final_step, solver_stat_from_info,
+    update_state,
+)  # fmt: skip
+core = _submodule(
+    "core", DEQBase, DEQIndexing, DEQSliced, get_deq, register_deq, reset_deq, get_solver, make_pair, backward_factory,
+    power_method, DEQConfig, deq_decorator, reset_norm, reset_dropout,
+)  # fmt: skip
 grad = _submodule("grad", backward_factory, make_pair)
 solver = _submodule(
     "solver", *_FIXED_POINT, anderson_solver, broyden_solver, get_solver, register_solver, solver_stat_from_final_step,
@@ -159,11 +181,15 @@ solver = _submodule(
     broyden=_submodule("solver.broyden", broyden_solver),
     fp_iter=_submodule("solver.fp_iter", *_FIXED_POINT),
     stat=_submodule("solver.stat", SolverStat),
-    utils=_submodule("solver.utils", solver_stat_from_final_step),
+    utils=_submodule("solver.utils", *_HELPERS),
 )  # fmt: skip
 norm = _submodule(
-    "norm", WeightNorm, SpectralNorm, apply_norm, register_norm, register_norm_module, remove_norm, reset_norm
-)
+    "norm", WeightNorm, SpectralNorm, apply_norm, from_torchdeq, register_norm, register_norm_module, remove_norm,
+    reset_norm,
+    base_norm=_submodule("norm.base_norm", apply_norm, register_norm, register_norm_module, remove_norm, reset_norm),
+    weight_norm=_submodule("norm.weight_norm", WeightNorm),
+    spectral_norm=_submodule("norm.spectral_norm", SpectralNorm),
+)  # fmt: skip
 dropout = _submodule(
     "dropout", VariationalDropout, VariationalDropout1d, VariationalDropout2d, VariationalDropout3d,
     VariationalDropToken1d, VariationalDropToken2d, VariationalDropToken3d, reset_dropout,

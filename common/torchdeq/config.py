@@ -1,5 +1,6 @@
 """The settings of the torchdeq facade: where they come from, what they are called, what is taken for a misspelling."""
 
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -83,10 +84,16 @@ class DEQConfig:
         self.config.update(kwargs)
 
 
-def refuse_misspelling(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise UserError for a name that is not known but looks like a known one. All others pass, as in torchdeq."""
+def warn_unknown(given: Iterable[str], known: Iterable[str], where: str, *, alike: bool = False) -> None:
+    """One warning that names what is no setting and has no effect, as in torchdeq, each with the nearest setting.
+
+    alike  name only what looks like a misspelt setting
+    """
     known = list(known)
+    said = []
     for name in given:
         close = [] if name in known else get_close_matches(name, known, n=1, cutoff=0.75)
-        if close:
-            raise UserError(f"{where} has no setting {name!r}, which would be ignored. Closest: {close[0]}.")
+        if close or (name not in known and not alike):
+            said.append(f"{name} (closest: {close[0]})" if close else name)
+    if said:
+        warnings.warn(f"{where} has no setting {', '.join(said)}: without effect.", stacklevel=3)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from common.deq.correction import positions
 from common.deq.regular import power_iteration
 from common.deq.structure import State
 from common.errors import UserError, nearest
-from common.torchdeq.config import SETTINGS, DEQConfig, refuse_misspelling
+from common.torchdeq.config import SETTINGS, DEQConfig, warn_unknown
 from common.torchdeq.grad import Map, backward_factory, deq_decorator, make_pair
 from common.torchdeq.solver import OPTIONS, OWN, STOP_MODES, SolverStat, get_solver
 
@@ -24,7 +25,7 @@ class DEQBase(nn.Module):
     f_solver         name of the forward solver, b_solver of the backward solver of the ift rules
     no_stat          info holds the last residual only, no traces; None: True for simple_fixed_point_iter (torchdeq
                      ignores it, pitfall 8)
-    f_max_iter, f_tol, f_stop_mode  of the forward solver, b_... of the backward solver
+    f_max_iter, f_tol, f_stop_mode  of the forward solver, b_... of the backward solver; a tol of 0 or less: all steps
     eval_f_max_iter  steps in evaluation; 0: int(f_max_iter * eval_factor)
     """
 
@@ -52,25 +53,20 @@ class DEQBase(nn.Module):
         self.f_solver, self.b_solver = get_solver(name), get_solver(get("b_solver", b_solver))
         no_stat = get("no_stat", no_stat)
         self.no_stat = name == "simple_fixed_point_iter" if no_stat is None else bool(no_stat)
-        self.f_max_iter, self.b_max_iter = get("f_max_iter", f_max_iter), get("b_max_iter", b_max_iter)
+        self.f_max_iter, self.b_max_iter = _whole(get("f_max_iter", f_max_iter)), _whole(get("b_max_iter", b_max_iter))
         self.f_tol, self.b_tol = get("f_tol", f_tol), get("b_tol", b_tol)
         self.f_stop_mode, self.b_stop_mode = get("f_stop_mode", f_stop_mode), get("b_stop_mode", b_stop_mode)
-        steps = get("eval_f_max_iter", eval_f_max_iter)
+        steps = _whole(get("eval_f_max_iter", eval_f_max_iter))
         self.eval_f_max_iter = steps if steps > 0 else int(self.f_max_iter * get("eval_factor", eval_factor))
         self.hook = None
         self._check()
 
     def _check(self) -> None:
         for side in ("f", "b"):
-            steps, tol = getattr(self, f"{side}_max_iter"), getattr(self, f"{side}_tol")
+            steps = getattr(self, f"{side}_max_iter")
             mode = getattr(self, f"{side}_stop_mode")
             if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
                 raise UserError(f"{side}_max_iter must be a whole number of at least 0, got {steps!r}. 40 is usual.")
-            if not tol > 0:
-                raise UserError(
-                    f"{side}_tol must be > 0, got {tol}. For a fixed number of steps pass "
-                    f"solver_kwargs={{'return_final': True}} or use simple_fixed_point_iter."
-                )
             if mode not in STOP_MODES:
                 raise UserError(f"{side}_stop_mode must be abs or rel, got {mode!r}. {nearest(str(mode), STOP_MODES)}")
 
@@ -88,7 +84,7 @@ class DEQBase(nn.Module):
     ) -> tuple[Tensor, list[Tensor], dict]:
         """f_solver with the settings of this layer, without gradient; solver_kwargs come first."""
         given = {name: value for name, value in (solver_kwargs or {}).items() if name != "f_max_iter"}
-        refuse_misspelling(given, (*OPTIONS, "f_max_iter"), "solver_kwargs")
+        warn_unknown(given, (*OPTIONS, "f_max_iter"), "solver_kwargs", alike=True)
         if self.no_stat and self.f_solver in OWN:
             more["no_stat"] = True
         options = {"max_iter": int(f_max_iter), "tol": self.f_tol, "stop_mode": self.f_stop_mode, **more, **given}
@@ -104,6 +100,21 @@ class DEQBase(nn.Module):
     def _evaluate(self, deq_func: Map, z: Tensor, info: dict, sradius_mode: bool) -> tuple[list[State], dict]:
         info["sradius"] = self._sradius(deq_func, z) if sradius_mode else torch.zeros(1, device=z.device)
         return [deq_func.vec2list(z)], info
+
+
+def _whole(value: Any) -> Any:
+    """A whole number of numpy or a tensor of one as Python's; anything else as it is."""
+    if isinstance(value, np.integer) or (
+        isinstance(value, Tensor) and value.ndim == 0 and not value.is_floating_point()
+    ):
+        return int(value)
+    return value
+
+
+def _listed(value: Any) -> list:
+    """A number, or numbers in a tensor, an array or any sequence, as a list."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [value] if isinstance(value, int | float) else [_whole(each) for each in value or ()]
 
 
 class _Supervised(DEQBase):
@@ -132,13 +143,13 @@ class _Supervised(DEQBase):
     ):
         super().__init__(args, **kwargs)
         get = self.args.get
-        self.arg_n_states, self.arg_indexing = get("n_states", n_states), list(get("indexing", indexing) or ())
+        self.arg_n_states, self.arg_indexing = _whole(get("n_states", n_states)), _listed(get("indexing", indexing))
         if self.arg_n_states <= 1 and any(not 1 <= step <= self.f_max_iter for step in self.arg_indexing):
             raise UserError(f"indexing must list steps in 1 .. f_max_iter={self.f_max_iter}, got {self.arg_indexing}.")
         self.indexing = self._compute_f_iter(self.f_max_iter)
-        grad = get("grad", grad)
-        steps = make_pair(self.indexing, [grad] if isinstance(grad, int) else list(grad))
-        phantom = {"tau": get("tau", tau), "sup_gap": get("sup_gap", sup_gap), "sup_loc": get("sup_loc", sup_loc)}
+        steps = make_pair(self.indexing, _listed(get("grad", grad)))
+        phantom = {"tau": get("tau", tau), "sup_gap": _whole(get("sup_gap", sup_gap))}
+        phantom["sup_loc"] = _listed(get("sup_loc", sup_loc))
         self.produce_grad = [backward_factory(k, **phantom) for k in steps]
         hook_ift = get("hook_ift", hook_ift)
         if hook_ift or get("ift", ift):
@@ -187,7 +198,7 @@ class DEQIndexing(_Supervised):
         **kwargs,
     ) -> tuple[list[State], dict]:
         """(states, info); see `get_deq`."""
-        refuse_misspelling(kwargs, CALL, "the call of the layer")
+        warn_unknown(kwargs, CALL, "the call of the layer", alike=True)
         deq_func, z = deq_decorator(func, z_init)
         given = dict(solver_kwargs or {})
         if not self.training:
@@ -236,7 +247,7 @@ class DEQSliced(_Supervised):
         **kwargs,
     ) -> tuple[list[State], dict]:
         """(states, info); see `get_deq`."""
-        refuse_misspelling(kwargs, CALL, "the call of the layer")
+        warn_unknown(kwargs, CALL, "the call of the layer", alike=True)
         deq_func, z = deq_decorator(func, z_init)
         given = dict(solver_kwargs or {})
         if not self.training:
@@ -278,7 +289,7 @@ def get_deq(args: Any = None, **kwargs) -> DEQBase:
     """The equilibrium layer that the settings describe; `z_out, info = deq(func, z_init)`.
 
     args    Namespace, dict, DEQConfig or object; foreign settings in it are ignored, itself never changed (pitfall 8)
-    kwargs  settings that come before args. One that looks like a misspelt setting is refused, others are ignored
+    kwargs  settings that come before args; one warning names those that are none
     core    "sliced" (default, DEQSliced), "indexing" (DEQIndexing) or registered; for the other settings see `DEQBase`,
             `backward_factory` and the two classes
 
@@ -298,6 +309,6 @@ def get_deq(args: Any = None, **kwargs) -> DEQBase:
     if core not in _cores:
         raise UserError(f"core must be one of {', '.join(_cores)}, got {core!r}. {nearest(str(core), _cores)}")
     known = SETTINGS | set(inspect.signature(_cores[core]).parameters)
-    refuse_misspelling(kwargs, known, "get_deq")
+    warn_unknown(kwargs, known, "get_deq")
     config.update(**kwargs)
     return _cores[core](config)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -65,12 +66,16 @@ def make_pair(target: Sequence, source: Sequence) -> list:
 
 @dataclass(frozen=True)
 class _Phantom:
-    """States along k damped differentiable steps: all in `at`, in order."""
+    """States along k damped differentiable steps: all in `at`, in order. `relax` above 1 is put into the map."""
 
     rule: Unrolled
     at: tuple[int, ...]
+    relax: float = 1.0
 
     def __call__(self, trainer, func: Callable, z_pred: Tensor, writer: Callable | None = None, **kwargs):
+        if self.relax != 1:
+            plain, relax = func, self.relax
+            func = lambda z: relax * plain(z) + (1 - relax) * z
         states = self.rule.attach(func, z_pred, None)
         steps = sorted({*self.rule.at, self.rule.steps})
         return [states[steps.index(step)] for step in self.at]
@@ -119,21 +124,22 @@ def backward_factory(
     grad_type  "ift": func(z_pred) with the exact gradient, its backward system y = y J + g solved by
                b_solver(map, zeros, **b_solver_kwargs), whose info goes to writer. Second derivatives raise (torchdeq's
                are silently wrong, pitfall 15)
-               k >= 1: k phantom steps z <- tau func(z) + (1 - tau) z
+               k >= 1: k phantom steps z <- tau func(z) + (1 - tau) z, tau > 0; above 1 is over-relaxed
     hook_ift   keep the one graph of func (a hook) instead of evaluating func again in the backward pass
     sup_gap    > 0: the states after every sup_gap-th phantom step, and only those
     sup_loc    the states after these phantom steps, then the last one
     """
     if grad_type == "ift":
         return _Ift(b_solver or get_solver("fixed_point_iter"), bool(hook_ift), dict(b_solver_kwargs or {}))
+    grad_type = int(grad_type) if isinstance(grad_type, np.integer) else grad_type
     if isinstance(grad_type, bool) or not isinstance(grad_type, int) or grad_type < 1:
         raise UserError(f"grad must be a whole number of at least 1, got {grad_type!r}. 1 is the one-step gradient.")
-    if not 0 < tau <= 1:
-        raise UserError(f"tau must lie in (0, 1], got {tau}. 1 is undamped.")
+    if not tau > 0:
+        raise UserError(f"tau must be > 0, got {tau}. 1 is undamped.")
     if sup_gap > grad_type:
         raise UserError(f"sup_gap={sup_gap} is more than the {grad_type} phantom steps of grad. Lower sup_gap.")
     if sup_gap > 0:
         at = tuple(range(sup_gap, grad_type + 1, sup_gap))
     else:
         at = (*sorted({step for step in sup_loc or () if 1 <= step <= grad_type}), grad_type)
-    return _Phantom(Unrolled(steps=at[-1], tau=tau, at=at), at)
+    return _Phantom(Unrolled(steps=at[-1], tau=min(tau, 1.0), at=at), at, max(tau, 1.0))

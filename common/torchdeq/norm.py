@@ -1,11 +1,13 @@
 """torchdeq's normalisation names over common.deq.layers, and its dropout reset.
 
 What differs from torchdeq: g and v are parameters of a torch parametrisation, `parametrizations.weight.original0` and
-`original1`, so copies, device moves, state dicts and later initialisation work (pitfall 10); spectral_norm keeps the
-function of the layer when it is put on (pitfall 11); the command line's names serve as keywords, too (pitfall 9).
+`original1`, so copies, device moves and state dicts work (pitfall 10) and writing into the weight in place, which
+torchdeq loses at the next reset, is refused; checkpoints written by torchdeq go through `from_torchdeq`. As there,
+`layer.weight = value` changes the weight until the next reset and no parameter. spectral_norm keeps the function of
+the layer when it is put on (pitfall 11); the command line's names serve as keywords, too (pitfall 9).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -73,6 +75,7 @@ class _Parametrised:
                     f"{type(module).__name__} has no weight {name!r} to normalise. Change names of the norm."
                 )
             cls._register(module, name, dim, learn_scale, given)
+            module.parametrizations[name].__class__ = _Assigned
         return cls(names)
 
     @classmethod
@@ -86,6 +89,17 @@ class _Parametrised:
     def remove(self, module: nn.Module) -> None:
         for name in self.names:
             parametrize.remove_parametrizations(module, name)
+
+
+class _Assigned(parametrize.ParametrizationList):
+    """What `module.name = value` does once a norm is on: the value is held until the next reset, as in torchdeq."""
+
+    def right_inverse(self, value: Tensor) -> None:
+        self[0].hold(value, *_originals(self))
+
+
+def _originals(weight: parametrize.ParametrizationList) -> list[Tensor]:
+    return [weight.original] if weight.is_tensor else [weight.original0, weight.original1]
 
 
 def _common(dim: int, learn_scale: bool, given: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +198,31 @@ def reset_norm(model: nn.Module) -> None:
 
 def _reset(weight: parametrize.ParametrizationList) -> None:
     if isinstance(weight[0], layers.Norm):
-        weight[0].reset(*([weight.original] if weight.is_tensor else [weight.original0, weight.original1]))
+        weight[0].reset(*_originals(weight))
+
+
+def from_torchdeq(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict written with torchdeq's norms, as its zoo publishes them, under the names used here.
+
+    weight_g, weight_v            of weight_norm (v alone without learnt scale)
+    weight_orig, weight_u, _v, _g of spectral_norm; its g per channel
+    "module." before every name, as a parallel wrapper saves them, is taken off. All other tensors stay as they are.
+    """
+    wrapped = state and all(name.startswith("module.") for name in state)
+    state = {name.removeprefix("module.") if wrapped else name: value for name, value in state.items()}
+    found = {}
+    for name, value in state.items():
+        stem, _, kind = name.rpartition("_")
+        if kind not in ("g", "v", "u", "orig") or not ({stem + "_v", stem + "_orig"} & state.keys()):
+            found[name] = value
+            continue
+        module, _, weight = stem.rpartition(".")
+        place = f"{module}.parametrizations.{weight}".removeprefix(".")
+        spectral, scaled = stem + "_orig" in state, stem + "_g" in state
+        direction = "original1" if scaled else "original"
+        names = {"g": "original0", "orig": direction, "u": "0.left", "v": "0.right" if spectral else direction}
+        found[f"{place}.{names[kind]}"] = value
+    return found
 
 
 def remove_norm(model: nn.Module) -> None:

@@ -7,13 +7,13 @@ What all four share:
 func      x -> image of x, same shape as x; called with one argument
 x0        (B, ...): rows are samples; a tensor of one or no dimension counts as (B, 1) or (1, 1)
 max_iter  steps at most; 0 returns x0 unmeasured
-tol       > 0; as in torchdeq all samples go on until the residual of the last one meets tol (rows of x0 may be coupled,
-          as the nodes of a graph are); one that is not finite is no longer waited for
+tol       as in torchdeq all samples go on until the residual of the last one meets tol (rows of x0 may be coupled, as
+          the nodes of a graph are); one that is not finite is no longer waited for. 0 or less: all steps are taken
 stop_mode "abs": ||func(x) - x||, "rel": the same over ||func(x)||; the first grows with the width of x (pitfall 6)
 indexing  steps whose states are returned as well: as many as listed, also after an early stop (torchdeq drops those,
           pitfall 2); the best state after that many steps, for broyden_solver too (torchdeq: one earlier, pitfall 14)
 return_final  take all steps and return the last finite state instead of that with the smallest residual
-Keywords of the other solvers are ignored, as in torchdeq; a misspelt one is refused.
+Keywords of the other solvers are ignored, as in torchdeq; one that looks misspelt is warned about.
 
 z         per sample the state with the smallest residual; what is not finite is never taken (torchdeq: NaN as soon as
           one iterate is, pitfall 1); a constant
@@ -23,6 +23,7 @@ info      `SolverStat`
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from common.deq.solve import EPS, Solution, solve
 from common.deq.solvers import Anderson, Broyden, Picard, Solver
 from common.deq.structure import Layout, State
 from common.errors import UserError, nearest
-from common.torchdeq.config import refuse_misspelling
+from common.torchdeq.config import warn_unknown
 
 STOP_MODES = ("abs", "rel")
 BUDGET = ("max_iter", "tol", "stop_mode", "indexing", "return_final")
@@ -147,6 +148,17 @@ class _Together(Solver):
         return ended & (ended | failed).all(), failed
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Anderson(Anderson):
+    """With a tau above 1, too: over-relaxation, which torchdeq allows."""
+
+    def __post_init__(self):
+        tau = self.tau
+        object.__setattr__(self, "tau", min(tau, 1.0))
+        super().__post_init__()
+        object.__setattr__(self, "tau", tau)
+
+
 def _solve(
     func: Callable[[Tensor], Tensor],
     x0: Tensor,
@@ -160,16 +172,18 @@ def _solve(
     ignored: dict,
     final: bool = False,
 ) -> tuple[Tensor, list[Tensor], SolverStat]:
-    refuse_misspelling(ignored, OPTIONS, "the solver")
+    warn_unknown(ignored, OPTIONS, "the solver", alike=True)
     if stop_mode not in STOP_MODES:
         raise UserError(f"stop_mode must be abs or rel, got {stop_mode!r}. {nearest(str(stop_mode), STOP_MODES)}")
-    if not tol > 0:
-        raise UserError(f"tol must be > 0, got {tol}. For a fixed number of steps set return_final=True.")
+    if isinstance(max_iter, np.integer):
+        max_iter = int(max_iter)
     if not isinstance(max_iter, int) or max_iter < 0:
         raise UserError(f"max_iter must be a whole number of at least 0, got {max_iter!r}. Set it to the steps wanted.")
+    tol = max(float(tol), torch.finfo(torch.float64).tiny)  # 0 or less: met by no residual but 0 itself
     inner = build(max_iter=max_iter, tol=tol, stop="never" if return_final else stop_mode)
     solver = _Together(inner=inner, max_iter=max_iter, tol=tol, stop=inner.stop)
-    positions = [min(max(int(position), 1), max(max_iter, 1)) for position in indexing or ()]
+    wanted = () if indexing is None else indexing
+    positions = [min(max(int(position), 1), max(max_iter, 1)) for position in wanted]
     found = solve(func, x0, solver=solver, states_at=positions)
     info = SolverStat.from_solution(
         found,
@@ -242,7 +256,7 @@ def anderson_solver(
     Works from the first step, max_iter 1 and 2 included (torchdeq returns x0 for those: pitfall 3).
     """
     return _solve(
-        func, x0, lambda **budget: Anderson(m=m, ridge=lam, tau=tau, **budget), max_iter=max_iter, tol=tol,
+        func, x0, lambda **budget: _Anderson(m=m, ridge=lam, tau=tau, **budget), max_iter=max_iter, tol=tol,
         stop_mode=stop_mode, indexing=indexing, return_final=return_final, ignored=kwargs,
     )  # fmt: skip
 
@@ -268,6 +282,79 @@ def broyden_solver(
         func, x0, lambda **budget: Broyden(memory=LBFGS_thres or None, line_search=ls, **budget), max_iter=max_iter,
         tol=tol, stop_mode=stop_mode, indexing=indexing, return_final=return_final, ignored=kwargs,
     )  # fmt: skip
+
+
+# What one needs to write a solver ------------------------------------------------------------------------------------
+
+
+def batch_flatten(x: Tensor) -> Tensor:
+    """x (B, ...) as (B, D); a tensor of one or no dimension as (numel, 1)."""
+    return x.flatten(1) if x.ndim >= 2 else x.reshape(-1, 1)
+
+
+def batch_masked_mixing(mask: Tensor, mask_var: Tensor | float, orig_var: Tensor | float) -> Tensor:
+    """(B, ...): rows of `mask_var` where mask (B,) is true, of `orig_var` elsewhere; one of them may be a number.
+
+    What is not chosen has no effect even where it is not finite (torchdeq multiplies by 0 and gets NaN: pitfall 1).
+    """
+    like = mask_var if isinstance(mask_var, Tensor) else orig_var
+    if not isinstance(like, Tensor):
+        raise UserError("batch_masked_mixing needs a tensor as mask_var or orig_var, got two numbers.")
+    return torch.where(mask.reshape(-1, *[1] * (like.ndim - 1)).bool(), mask_var, orig_var)
+
+
+def init_solver_info(
+    bsz: int, device: torch.device | str, init_loss: float = 1e8
+) -> tuple[dict[str, list[Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """(trace_dict, lowest_dict, lowest_step_dict), each with the keys abs and rel, for `update_state` to fill.
+
+    Traces begin with init_loss (bsz,), as torchdeq's; lowest residuals are init_loss and their steps 0.
+    """
+    start = lambda value: {mode: torch.full((bsz,), value, device=device) for mode in STOP_MODES}
+    return {mode: [value] for mode, value in start(init_loss).items()}, start(init_loss), start(0.0)
+
+
+def update_state(
+    lowest_xest: Tensor,
+    x_est: Tensor,
+    nstep: int,
+    stop_mode: str,
+    abs_diff: Tensor,
+    rel_diff: Tensor,
+    trace_dict: dict[str, list[Tensor]],
+    lowest_dict: dict[str, Tensor],
+    lowest_step_dict: dict[str, Tensor],
+    return_final: bool = False,
+) -> Tensor:
+    """Records step `nstep` and returns the best states so far, (B, ...), constants.
+
+    abs_diff, rel_diff  (B,) residuals of x_est; the dictionaries of `init_solver_info` are updated in place
+    stop_mode           by which residual the best state is chosen;   return_final  the present one always is
+    """
+    for mode, diff in (("abs", abs_diff), ("rel", rel_diff)):
+        trace_dict[mode].append(diff)
+        better = (diff < lowest_dict[mode]) | return_final
+        if mode == stop_mode:
+            lowest_xest = batch_masked_mixing(better, x_est, lowest_xest).detach()
+        lowest_dict[mode] = batch_masked_mixing(better, diff, lowest_dict[mode])
+        lowest_step_dict[mode] = batch_masked_mixing(better, float(nstep), lowest_step_dict[mode])
+    return lowest_xest
+
+
+def solver_stat_from_info(
+    stop_mode: str,
+    lowest_dict: dict[str, Tensor],
+    trace_dict: dict[str, list[Tensor]],
+    lowest_step_dict: dict[str, Tensor],
+) -> SolverStat:
+    """`SolverStat` of what `update_state` recorded; traces with the entry of `init_solver_info` in front."""
+    return SolverStat(
+        abs_lowest=lowest_dict["abs"],
+        rel_lowest=lowest_dict["rel"],
+        abs_trace=torch.stack(trace_dict["abs"], dim=1),
+        rel_trace=torch.stack(trace_dict["rel"], dim=1),
+        nstep=lowest_step_dict[stop_mode],
+    )
 
 
 _solvers: dict[str, Callable] = {

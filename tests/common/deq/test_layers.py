@@ -433,3 +433,21 @@ def test_a_refused_call_changes_nothing():
     with pytest.raises(UserError):
         apply_norm(cell)
     assert not parametrize.is_parametrized(cell["a"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("write", [lambda w: nn.init.zeros_(w), lambda w: w.data.fill_(0.5)])
+def test_writing_into_the_result_is_refused_before_the_first_reset(kind, write):
+    """nn.init after apply_norm would be lost; assigning stores it."""
+    made = net(kind)
+    write(made[0].weight)
+    with pytest.raises(UserError, match="written in place"):
+        reset(made)
+    value = torch.full((6, 4), 0.5)
+    made[0].weight = value
+    reset(made)
+    torch.testing.assert_close(made[0].weight, value)
+    twin = copy.deepcopy(net(kind))
+    nn.init.zeros_(twin[2].weight)
+    with pytest.raises(UserError, match="written in place"):
+        twin(torch.zeros(1, 4))

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 
 from common.deq.grads import Implicit, Unrolled
@@ -192,3 +193,26 @@ def test_bfloat16_autocast_keeps_a_float32_state():
 def test_refusals(options, text):
     with pytest.raises(UserError, match=text):
         made(**options)
+
+
+def test_the_cell_of_deq_seq_keeps_torchs_start():
+    """Its authors normalise f before they initialise the network: N(0, .01) reaches the rest, and f's biases alone."""
+    small = made(std=0.01, inner=400, width=64, norm=apply_norm)
+    plain = made(std=0.01, inner=400, width=64, norm=apply_norm, cell_start="torch")
+    for net, uniform in ((small, False), (plain, True)):
+        layers = [layer for layer in net.cell.modules() if isinstance(layer, nn.Linear)]
+        assert layers
+        for layer in layers:
+            spread = layer.weight.std().item()
+            assert spread == pytest.approx((3 * layer.in_features) ** -0.5 if uniform else 0.01, rel=0.1)
+            assert layer.bias is None or not layer.bias.any()
+        assert net.injection.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    with pytest.raises(UserError, match="cell_start must be one of normal, torch"):
+        made(cell_start="zero")
+
+
+def test_published_starts(repo):
+    with initialize_config_dir(str(repo / "conf"), version_base="1.3"):
+        starts = {name: compose("config", [f"+experiment=torchdeq_{name}"]).project.net.cell_start
+                  for name in ("lm_wikitext103", "seq_wikitext103")}  # fmt: skip
+    assert starts == {"lm_wikitext103": "normal", "seq_wikitext103": "torch"}

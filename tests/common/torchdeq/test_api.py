@@ -103,6 +103,11 @@ def test_calls_take_torchdeqs_arguments():
         ("utils.mem", "mem_gc"),
         ("utils.layer_utils", "deq_decorator"),
         ("grad", "backward_factory make_pair"),
+        ("norm.weight_norm", "WeightNorm"),
+        ("norm.spectral_norm", "SpectralNorm"),
+        ("norm.base_norm", "apply_norm reset_norm remove_norm register_norm register_norm_module"),
+        ("core", "get_solver make_pair backward_factory power_method DEQConfig deq_decorator reset_norm reset_dropout"),
+        ("solver.utils", "init_solver_info update_state batch_flatten batch_masked_mixing solver_stat_from_info"),
     ],
 )
 def test_submodules_can_be_imported_from_and_reached_as_attributes(path, names):
@@ -163,8 +168,11 @@ def test_registered_weights_are_used_and_wrong_ones_refused():
     assert loss.item() == 30
     with pytest.raises(UserError, match="Closest: linear"):
         torchdeq.fp_correction(lambda v: v, (values,), weight_func="linaer")
-    with pytest.raises(UserError, match="Closest: gamma"):
+    with pytest.warns(UserWarning, match="gama .closest: gamma"):
         torchdeq.fp_correction(lambda v: v, (values,), gama=0.9)
+    with pytest.warns(UserWarning, match="hold .3, 2. states: the shorter start over"):
+        loss = torchdeq.fp_correction(torch.mul, ([torch.tensor(float(k)) for k in (1, 2, 3)], values), "const")
+    assert loss.item() == 1 * 1 + 2 * 10 + 3 * 1
     with pytest.raises(UserError, match="function"):
         torchdeq.register_weight_func("x", 1.0)
 

@@ -114,7 +114,7 @@ def test_filters_go_by_path(filters, normed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pitfall_10_copies_moves_and_later_initialisation_work(kind):
+def test_pitfall_10_copies_and_moves_work(kind):
     model = net()
     torchdeq.apply_norm(model, kind)
     torchdeq.reset_norm(model)
@@ -124,10 +124,6 @@ def test_pitfall_10_copies_moves_and_later_initialisation_work(kind):
     moved = copy.deepcopy(model).double()
     assert moved[0].weight.dtype == torch.float64  # torchdeq: only after the next reset
     moved[0](torch.zeros(1, 6, dtype=torch.float64))
-    fresh = torch.randn(8, 6)
-    model[0].weight = fresh
-    torchdeq.reset_norm(model)
-    torch.testing.assert_close(model[0].weight, fresh, rtol=1e-5, atol=1e-6)  # torchdeq: lost at the reset
     twin.load_state_dict(model.state_dict())
     torch.testing.assert_close(twin[0].weight, model[0].weight)
 
@@ -232,3 +228,92 @@ def test_mistakes_are_named():
         torchdeq.apply_norm(model)
     assert torchdeq.apply_norm(net(), "none") is None
     torchdeq.apply_norm(nn.ReLU())  # nothing to normalise is no mistake in torchdeq
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_assigned_weight_lasts_until_the_next_reset(kind):
+    """As the zoo's IGNN projects its weight in every forward pass: no parameter changes, gradients pass through."""
+    model = net()
+    torchdeq.apply_norm(model, kind)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torchdeq.reset_norm(model)
+    layer, x = model[0], torch.randn(3, 6)
+    plain = layer.weight
+    projected = plain.clamp(-0.1, 0.1)
+    layer.weight = projected
+    assert layer.weight is projected
+    layer(x).square().sum().backward()
+    raw = layer.parametrizations.weight
+    assert raw.original1.grad.abs().sum() > 0 and layer.weight is projected  # torchdeq: it stays, spent or not
+    named = dict(model.named_parameters())
+    assert all(torch.equal(before[name], value) for name, value in named.items())
+    with torch.no_grad():
+        raw.original0.mul_(2)  # an optimiser step
+    assert layer.weight is projected
+    torchdeq.reset_norm(model)
+    torch.testing.assert_close(layer.weight, 2 * plain, rtol=1e-3, atol=1e-4)
+
+
+def test_in_place_projection_of_the_zoo():
+    """`A = layer.weight; A.data.copy_(...); layer.weight = A`: the graph of A with other values."""
+    model = net()
+    torchdeq.apply_norm(model)
+    torchdeq.reset_norm(model)
+    a = model[0].weight
+    a.data.copy_(a.data.clamp(-0.1, 0.1))
+    model[0].weight = a
+    assert model[0].weight.abs().max() <= 0.1
+    model[0](torch.ones(1, 6)).sum().backward()
+    assert model[0].parametrizations.weight.original1.grad is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_writing_into_a_normalised_weight_is_refused(kind):
+    """In torchdeq `nn.init` after apply_norm is lost at the first reset, without a word."""
+    model = net()
+    torchdeq.apply_norm(model, kind)
+    nn.init.zeros_(model[0].weight)
+    with pytest.raises(UserError, match="written in place"):
+        torchdeq.reset_norm(model)
+    model = net()
+    torchdeq.apply_norm(model, kind)
+    model[0].weight.data.fill_(0.5)
+    with pytest.raises(UserError, match="Assign instead"):
+        torchdeq.reset_norm(model)
+    model = net()
+    torchdeq.apply_norm(model, kind)
+    model[0](torch.zeros(1, 6))
+    with torch.no_grad():
+        for parameter in model.parameters():  # of the parameters themselves: that counts
+            parameter.data.mul_(0.5)
+    torchdeq.reset_norm(model)
+
+
+@pytest.mark.parametrize("learn_scale", [True, False])
+def test_checkpoints_of_weight_norm_are_converted(learn_scale):
+    model = net()
+    torchdeq.apply_norm(model, learn_scale=learn_scale)
+    g, v = torch.rand(8, 1) + 0.5, torch.randn(8, 6)
+    theirs = {f"module.{name}": value for name, value in model.state_dict().items() if "0.parametrizations" not in name}
+    theirs |= {"module.0.weight_v": v} | ({"module.0.weight_g": g} if learn_scale else {})
+    model.load_state_dict(torchdeq.from_torchdeq(theirs))
+    torchdeq.reset_norm(model)
+    wanted = v / v.norm(dim=1, keepdim=True) * (g if learn_scale else 1)
+    torch.testing.assert_close(model[0].weight, wanted)
+    plain = {"conv_v": torch.ones(1), "a.bias": torch.ones(1)}
+    assert torchdeq.from_torchdeq(plain).keys() == {"parametrizations.conv.original", "a.bias"}
+    assert torchdeq.from_torchdeq({"a.weight_g": g}).keys() == {"a.weight_g"}  # no direction beside it
+
+
+def test_checkpoints_of_spectral_norm_are_converted():
+    model = net()
+    torchdeq.apply_norm(model, "spectral_norm")
+    weight, u, v = torch.randn(8, 6), torch.randn(8), torch.randn(6)
+    theirs = {name: value for name, value in model.state_dict().items() if not name.startswith("0.parametrizations")}
+    theirs |= {"0.weight_orig": weight, "0.weight_g": torch.full((8, 1), 0.9)}
+    theirs |= {"0.weight_u": u / u.norm(), "0.weight_v": v / v.norm()}
+    model.load_state_dict(torchdeq.from_torchdeq(theirs))
+    for _ in range(30):
+        torchdeq.reset_norm(model)
+    sigma = torch.linalg.matrix_norm(weight, 2)
+    torch.testing.assert_close(model[0].weight, 0.9 * weight / sigma, rtol=1e-3, atol=1e-4)
