@@ -115,13 +115,16 @@ def posthoc_weights(*, times: Sequence[float], stds: Sequence[float], time: floa
         raise UserError(f"times and stds must be equally long and not empty, got {len(times)} and {len(stds)}.")
     for value in (*times, time):
         limits.number("times", float(value), above=0)
+    # Minimise |sum_i w_i p_i - p|^2 over w: A w = b with A_ij = <p_i, p_j>, b_i = <p_i, p> (EDM2 algorithm 3). Only
+    # ratios of times matter, so the target ends at 1.
     scale = float(time)
     t = np.asarray(times, dtype=np.float64) / scale
     gamma = np.array([gamma_of_std(float(s)) for s in stds])
     target = gamma_of_std(std)
     gram = _inner(t[:, None], gamma[:, None], t[None], gamma[None])
     right = _inner(t, gamma, 1.0, target)
-    if len(set(zip(t, gamma))) < len(t):  # the same snapshot twice: the system is singular, the answer is not
+    # The same snapshot twice makes the system singular: of its solutions lstsq takes the smallest.
+    if len(set(zip(t, gamma))) < len(t):
         weights = np.linalg.lstsq(gram, right, rcond=None)[0]
     else:
         weights = np.linalg.solve(gram, right)

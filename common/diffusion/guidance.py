@@ -144,7 +144,7 @@ class BoundVelocity:
     class_labels  (B, label_dim) one-hot, or None
     noise_scale   standard deviation of the noise at t = 1
     guidance      the guidance scales the network was trained on, (low, high); None: it takes none
-    A call with omega outside them raises UserError, unless it says `beyond`: the authors' best scales of iMF-M, iMF-L
+    A call with omega outside them raises UserError, unless `beyond` is set: the authors' best scales of iMF-M, iMF-L
     and pMF-B/16 lie above the range of their training code.
     """
 

@@ -38,7 +38,7 @@ def total_derivative(
 
     u            (z, t, r, **conditions) -> (B, ...) of the shape of z; a module or a function that calls one
     z            (B, ...)
-    t, r         (B,), r <= t, on any device. Give them on the CPU: the host then knows the rows and never waits
+    t, r         (B,), r <= t, on any device. Give them on the CPU: the host then finds the rows without waiting
     tangents     (dz, dt, dr): dz (B, ...), the others numbers. MeanFlow: (v, 1, 0), the derivative by t along the path
     conditions   keyword arguments of u. Tensors with one row per sample, also inside tuples, follow their samples;
                  everything else is passed on. Masks of dropout belong here, so that both passes drop the same units

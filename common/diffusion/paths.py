@@ -73,7 +73,7 @@ class Path(ABC):
         """A prediction of kind `source` at (z, t), as kind `target`; kinds: denoiser, eps, v, score.
 
         value, z (B, ...), t (B,) strictly inside (0, 1) unless the formula has no division there: source v is exact on
-        the closed interval for the linear path. common_diffusion sheet section 3.1.
+        the closed interval for the linear path.
         """
         limits.choice("source", source, KINDS)
         limits.choice("target", target, KINDS)

@@ -139,7 +139,7 @@ class Heun:
 class DDIM:
     """DDIM (arXiv 2010.02502) eq. 12 on any path: z_r = a_r D + s_r eps, uniform times from t_max to 0. nfe = steps.
 
-    path    `common.diffusion.paths` object; the denoiser still sees the EDM state z/a and sigma = s/a
+    path    `common.diffusion.paths` object; the denoiser still gets the EDM state z/a and sigma = s/a
     t_max   starting time; must be < 1 on paths whose data weight vanishes at 1 (Linear, GVP)
     eta     0 = deterministic, 1 = DDPM-like fresh noise (eq. 16)
     """
@@ -252,7 +252,7 @@ class AverageVelocitySteps:
     (`common.diffusion.guidance.BoundVelocity`). Its `noise_scale`, if it has one, multiplies the starting noise.
     steps   uniform grid of so many intervals; ignored when `times` is given
     times   own grid: the times between 1 and 0, decreasing, e.g. [0.5]; the steps are then one more
-    omega   guidance scale told to the network, inside the range it was trained on; None: a network without guidance
+    omega   guidance scale, a condition of the network, in its trained range; None: a network without guidance
     t_min, t_max   times between which it guides
     beyond  also take an omega above the trained range
     """
@@ -283,7 +283,7 @@ class AverageVelocitySteps:
 
     @property
     def variant(self) -> str:
-        """The guidance in a word for file names, e.g. "omega8-t0.4-0.65"; empty without."""
+        """The guidance as part of a file name, e.g. "omega8-t0.4-0.65"; empty without."""
         return "" if self.omega is None else f"omega{self.omega:g}-t{self.t_min:g}-{self.t_max:g}"
 
     @torch.no_grad()
@@ -328,7 +328,7 @@ class Direct:
 
 
 def noise_shape(net) -> tuple[int, ...]:
-    """Shape of the noise one image starts from: what the network says, else that of the image."""
+    """Shape of the noise one image starts from: the network's `noise_shape`, else that of the image."""
     return tuple(getattr(net, "noise_shape", None) or (net.img_channels, net.img_resolution, net.img_resolution))
 
 

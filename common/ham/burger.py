@@ -25,7 +25,7 @@ class Hamburger(nn.Module):
         v2plus  relu(b z + a u(cheese(ham(l(z))))) with learned scalars b = 1 and a = 0 at the start
 
     in_channels    of z
-    channels       the ham sees (the paper's S times D); twice as many leave the lower bread with `dual`
+    channels       of the ham's input (the paper's S times D); twice as many leave the lower bread with `dual`
     version        v1 (released light models), v2 (published HamNet), v2plus
     ham            decomposition: NMF, VQ or CD; None: NMF(). The ReLU before NMF is part of the block
     groups, spatial, bases, pixels, eta, eval_seed    as in common.ham.ham.Ham

@@ -98,8 +98,8 @@ class Decomposition(ABC):
         bases = make(matrices, d, self.rank, dtype=dtype, device=device, generator=generator)
         return F.normalize(bases, dim=1) if self.unit else bases
 
-    def admit(self, x: Tensor) -> Tensor:
-        """x, after what the decomposition asks of its input."""
+    def check_input(self, x: Tensor) -> Tensor:
+        """x, checked or clamped to the numbers the decomposition is defined for."""
         return x
 
     def init(self, x: Tensor, bases: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ class Decomposition(ABC):
         bases  (G, d, r) to start from; None: random
         steps  None: self.steps
         """
-        x = self.admit(x)
+        x = self.check_input(x)
         if bases is None:
             bases = self.draw(len(x), x.shape[1], dtype=x.dtype, device=x.device)
         steps = self.steps if steps is None else steps
@@ -167,8 +167,8 @@ class NMF(Decomposition):
     dy_n/dx_n = D diag(C_n / (D^T D C_n + e)) D^T.
 
     eps       e
-    negative  what becomes of negative numbers in X: error, clamp (to 0) or trust (X is known to be >= 0, nothing is
-              looked at: for a GPU, since looking waits for the device)
+    negative  what becomes of negative numbers in X: error, clamp (to 0) or trust (X is known to be >= 0 and not
+              checked: for a GPU, where the check waits for the device)
     fused     the elementwise update as one kernel by torch.compile
     """
 
@@ -184,7 +184,7 @@ class NMF(Decomposition):
         limits.choice("ham.negative", self.negative, NEGATIVE)
         limits.number("ham.eps", self.eps, above=0, hint="The paper uses 1e-6.")
 
-    def admit(self, x: Tensor) -> Tensor:
+    def check_input(self, x: Tensor) -> Tensor:
         if self.negative == "clamp":
             return F.relu(x)
         if self.negative == "error" and x.numel() and _has_values(x) and float(least := x.detach().amin()) < 0:

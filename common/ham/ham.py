@@ -51,9 +51,9 @@ class Ham(nn.Module):
         limits.multiple_of("ham.channels", channels, groups, "ham.groups", hint="Set ham.groups to a divisor.")
         limits.choice("ham.bases", bases, BASES)
         limits.number("ham.eta", eta, least=0, most=1, hint="The paper uses 0.9.")
-        self.channels, self.groups, self.spatial, self.start = channels, groups, spatial, bases
+        self.channels, self.groups, self.spatial, self.kind = channels, groups, spatial, bases
         self.pixels, self.eta, self.eval_seed = pixels, eta, eval_seed
-        self.found: Tensor | None = None  # (S, d, r), mean dictionary of the last call, kept for `update_bases`
+        self.last_bases: Tensor | None = None  # (S, d, r), mean dictionary of the last call, kept for `update_bases`
         if bases != "random":
             self._store(bases)
 
@@ -86,9 +86,9 @@ class Ham(nn.Module):
         x = x.reshape(shape[0] * self.groups, self.channels // self.groups, x.shape[2])
         x = x if self.spatial else x.transpose(1, 2)
         steps = self.decomposition.steps if self.training else self.decomposition.eval_steps
-        found, codes = self.decomposition.solve(x, self._first(x, bases), steps=steps)
-        if self.start == "online":
-            self.found = found.detach().unflatten(0, (-1, self.groups)).mean(dim=0)
+        found, codes = self.decomposition.solve(x, self._start_bases(x, bases), steps=steps)
+        if self.kind == "online":
+            self.last_bases = found.detach().unflatten(0, (-1, self.groups)).mean(dim=0)
         # Made in the memory order of the input, so that neither this nor the convolution behind it copies
         if self.spatial and not last:
             y = torch.bmm(found, codes)
@@ -97,15 +97,15 @@ class Ham(nn.Module):
             y = y.transpose(1, 2) if self.spatial else y
         return y.reshape(shape) if not last else y.unflatten(2, shape[2:]).reshape(shape)
 
-    def _first(self, x: Tensor, given: Tensor | None) -> Tensor:
+    def _start_bases(self, x: Tensor, given: Tensor | None) -> Tensor:
         """Dictionaries (B S, d, r) to start from."""
         samples, d = len(x) // self.groups, x.shape[1]
         rule = self.decomposition
-        if given is None and self.start != "random":
+        if given is None and self.kind != "random":
             if self.bases.shape[1] != d:
                 raise UserError(f"ham.pixels is {self.bases.shape[1]}, but the input has {d} pixels.")
             given = self.bases
-            if self.start == "learned":
+            if self.kind == "learned":
                 given = F.normalize(given.abs() if rule.nonnegative else given, dim=1)
         if given is None and self.eval_seed is not None and not self.training:
             given = rule.draw(self.groups, d, generator=torch.Generator().manual_seed(self.eval_seed))
@@ -123,11 +123,11 @@ class Ham(nn.Module):
         Called by the training loop; without a call since the last update nothing happens. The mean includes every
         process of a distributed run, so all of them call it.
         """
-        if self.start != "online":
-            raise UserError(f"update_bases needs online bases, this Ham's are {self.start}. Set ham.bases=online.")
-        if self.found is None:
+        if self.kind != "online":
+            raise UserError(f"update_bases needs online bases, this Ham's are {self.kind}. Set ham.bases=online.")
+        if self.last_bases is None:
             return
-        mean, self.found = self.found, None
+        mean, self.last_bases = self.last_bases, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(mean)
             mean = mean / torch.distributed.get_world_size()
@@ -135,14 +135,14 @@ class Ham(nn.Module):
 
     def extra_repr(self) -> str:
         kind = "" if self.spatial else ", spatial=False"
-        return f"{self.channels}, {self.decomposition}, groups={self.groups}{kind}, bases={self.start}"
+        return f"{self.channels}, {self.decomposition}, groups={self.groups}{kind}, bases={self.kind}"
 
 
 def update_bases(module: nn.Module) -> int:
     """Move the stored bases below `module` after an optimiser step: online Hams, and any other module with
     `update_bases()`. Returns how many there are."""
     parts = [part for part in module.modules() if hasattr(part, "update_bases")]
-    moving = [part for part in parts if not (isinstance(part, Ham) and part.start != "online")]
+    moving = [part for part in parts if not (isinstance(part, Ham) and part.kind != "online")]
     for part in moving:
         part.update_bases()
     return len(moving)

@@ -45,9 +45,7 @@ class TokenHam(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """The last two are in timm's call; a ham has no mask."""
         if attn_mask is not None or is_causal:
-            raise UserError(
-                "A ham looks at all tokens at once and has no mask. Keep the attention where one is needed."
-            )
+            raise UserError("A ham mixes all tokens and takes no mask. Keep the attention where one is needed.")
         x = self.lower(x)
         x = F.relu_(x) if self.rectify else x
         return self.upper(self.ham(x.transpose(1, 2)).transpose(1, 2))

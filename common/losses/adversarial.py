@@ -7,7 +7,7 @@ from torch import Tensor
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Mean of max(0, 1 - D(x)) over real images plus mean of max(0, 1 + D(G(z))) over generated ones, a scalar.
 
-    real, fake  (B, ...) logits. 2 when the discriminator says 0 to everything, 0 when it keeps both beyond the margin.
+    real, fake  (B, ...) logits. 2 where all logits are 0, 0 where both kinds are beyond the margin.
 
     Geometric GAN (arXiv 1705.02894), SAGAN (arXiv 1805.08318) equation 5.
     """

@@ -129,8 +129,8 @@ class ConsistencyLoss:
 
         net           preconditioner, f(x, sigma, class_labels, augment_labels, dropout_masks); in train mode
         y, eps        (B, C, H, W) clean images in [-1, 1] and standard normal noise
-        t             (B,) > 0 noise levels. Give it on the CPU: the host then knows which rows need the teacher and
-                      never waits for the device
+        t             (B,) > 0 noise levels. Give it on the CPU: the host then finds the rows that need the teacher
+                      without waiting for the device
         stage         0, 1, 2, ...
         dropout_masks one keep mask per dropout layer (`net.draw_dropout`); None and sync_dropout: drawn here
         teacher       gives the target instead of net itself (e.g. a frozen copy); never gets gradients
@@ -168,7 +168,7 @@ class ConsistencyLoss:
         ode_teacher: Callable | None = None,
     ) -> Tensor:
         """Delta = f(x_t, t) - stopgrad f(x_r, r), (B, C, H, W); where r = 0 the target is y (or the ODE end point)."""
-        x_t = y + eps * _on(t, y)
+        x_t = y + eps * _per_sample(t, y)
         draw_dropout = getattr(net, "draw_dropout", None)
         if self.sync_dropout and dropout_masks is None and draw_dropout is not None:
             dropout_masks = draw_dropout(x_t)
@@ -206,19 +206,19 @@ class ConsistencyLoss:
     def _earlier(self, y, x_t, t, r, eps, labels, ode_teacher) -> tuple[Tensor, Tensor]:
         """x_r for r > 0, and what the target would be at r = 0."""
         if ode_teacher is None:
-            return y + eps * _on(r, y), y
+            return y + eps * _per_sample(r, y), y
         denoised = _call(ode_teacher, x_t, t, labels)
-        slope = (x_t - denoised) / _on(t, y)
-        step = _on(r, y) - _on(t, y)
+        slope = (x_t - denoised) / _per_sample(t, y)
+        step = _per_sample(r, y) - _per_sample(t, y)
         x_r = x_t + step * slope
         if self.ode_solver == "heun":
-            slope = 0.5 * (slope + (x_r - _call(ode_teacher, x_r, r, labels)) / _on(r, y))
+            slope = 0.5 * (slope + (x_r - _call(ode_teacher, x_r, r, labels)) / _per_sample(r, y))
             x_r = x_t + step * slope
         return x_r, denoised
 
 
-def _on(value: Tensor, like: Tensor) -> Tensor:
-    """value (B,) -> (B, 1, 1, 1) on the device and in the type of `like`."""
+def _per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """value (B,) -> (B, 1, 1, 1) on the device and in the dtype of `like`."""
     return append_dims(value.to(like.device, like.dtype, non_blocking=True), like)
 
 

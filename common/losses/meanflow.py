@@ -143,36 +143,36 @@ class MeanFlowLoss:
         """Terms (B,) each.
 
         x, e           (B, C, H, W) data and standard normal noise
-        t, r           (B,), 0 <= r <= t <= 1. Give them on the CPU: the host then knows the rows without waiting
+        t, r           (B,), 0 <= r <= t <= 1. Give them on the CPU: the host then finds the rows without waiting
         class_labels   (B, label_dim) one-hot or None
         dropped        (B,) bool or None: samples trained without their class, and towards v
         augment_labels (B, augment_dim) or None;   dropout_masks: one per layer, None: drawn here (`net.draw_dropout`)
         Raises UserError for shapes that do not fit and, on the CPU, for r > t.
         """
-        start = _Start(net, x, t, r, e, class_labels, dropped, augment_labels, dropout_masks)
-        v = start.e - x
-        target = self._guided(net, start, v) if self.guided else v
+        noisy = _NoisyBatch(net, x, t, r, e, class_labels, dropped, augment_labels, dropout_masks)
+        v = noisy.e - x
+        target = self._guided(net, noisy, v) if self.guided else v
         dudt = total_derivative(
-            net, start.z, t, r, (self.tangent_v * target, self.tangent_t, self.tangent_r), start.conditions,
+            net, noisy.z, t, r, (self.tangent_v * target, self.tangent_t, self.tangent_r), noisy.conditions,
             skip_equal=self.skip_equal,
         )  # fmt: skip
-        u = net(start.z, start.t, start.r, **start.conditions)
+        u = net(noisy.z, noisy.t, noisy.r, **noisy.conditions)
         with without_autocast(x.device.type):
             u = u.to(x.dtype)
-            squared = squared_distance(u - average_velocity_target(target, dudt, start.t, start.r))
+            squared = squared_distance(u - average_velocity_target(target, dudt, noisy.t, noisy.r))
             watched = squared_distance(u.detach() - v)
         return Terms(_weighted(squared, self), squared.detach(), watched)
 
-    def _guided(self, net, start: "_Start", v: Tensor) -> Tensor:
+    def _guided(self, net, noisy: "_NoisyBatch", v: Tensor) -> Tensor:
         """The guided velocity of the rows that keep their label and lie in the window; v elsewhere."""
-        if start.labels is None:
+        if noisy.labels is None:
             raise UserError("omega and kappa guide by class, but there are no class labels. Set omega=1 and kappa=0.")
-        wanted = inside(start.host_t, self.start, self.end)
-        if start.dropped is not None:
-            wanted = wanted & ~start.dropped.to(wanted.device)
+        wanted = inside(noisy.host_t, self.start, self.end)
+        if noisy.dropped is not None:
+            wanted = wanted & ~noisy.dropped.to(wanted.device)
 
         def compute(z, t, v, labels):
-            with _evaluating(net, start.masks):
+            with _evaluating(net, noisy.masks):
                 if self.kappa == 0:
                     return guided_velocity(v, net(z, t, t, class_labels=torch.zeros_like(labels)), omega=self.omega)
                 both = net(*(torch.cat([k, k]) for k in (z, t, t)),
@@ -180,19 +180,19 @@ class MeanFlowLoss:
                 v_uncond, v_cond = both.to(v.dtype).chunk(2)
                 return guided_velocity(v, v_uncond, v_cond, omega=self.omega, kappa=self.kappa)
 
-        return _on_rows(compute, wanted, v, start.z, start.t, v, start.labels)
+        return _compute_rows(compute, wanted, v, noisy.z, noisy.t, v, noisy.labels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImprovedMeanFlowLoss:
     """w |V - v_g|^2 + w' |v - v_g|^2, V = u + (t - r) stopgrad(du/dt): the target does not depend on u. iMF; pMF.
 
-    The derivative follows the network's own velocity, not e - x, which the network cannot see.
+    The derivative is taken along the network's own velocity, a function of z; e - x is not.
     power, eps    of the weights w = 1/stopgrad(|.|^2 + eps)^power; official 1, 0.01
     head          where that velocity comes from. "auxiliary": the v-head, trained beside u; "boundary": u(z, t, t);
                   "data": nowhere, the derivative follows the target itself, which is MeanFlow's loss (the paper's
                   ablation starts there)
-    uncond_omega  guidance scale told to the network without class: "one" (official code) or "same" (paper, algorithm 2)
+    uncond_omega  guidance scale of the call without class: "one" (official code) or "same" (paper, algorithm 2)
     t_floor       targets are (z - x) / max(t, t_floor); 0.05 in pMF, whose networks clip alike; 0: e - x
     skip_equal    see `MeanFlowLoss`
     """
@@ -229,68 +229,68 @@ class ImprovedMeanFlowLoss:
         """Terms (B,) each; arguments as in `MeanFlowLoss`, and
 
         e             noise, already times the noise scale of the data set
-        omega         (B,) >= 1, guidance scale of each sample, told to the network; None: a network without guidance
+        omega         (B,) >= 1, guidance scale that conditions the network; None: a network without guidance
         t_min, t_max  (B,), times between which it guides; samples with r = t are guided at all times
         perceptual    (image, x, t, weighted) -> (B,): a further loss of the image z - t u; `weighted` applies w
         """
-        start = _Start(net, x, t, r, e, class_labels, dropped, None, dropout_masks)
-        v = velocity_from_data(start.z, x, start.t, self.t_floor) if self.t_floor else start.e - x
+        noisy = _NoisyBatch(net, x, t, r, e, class_labels, dropped, None, dropout_masks)
+        v = velocity_from_data(noisy.z, x, noisy.t, self.t_floor) if self.t_floor else noisy.e - x
         target, direction = v, None
         if omega is not None:
-            if start.labels is None or t_min is None or t_max is None:
+            if noisy.labels is None or t_min is None or t_max is None:
                 raise UserError("guidance by omega needs class labels, t_min and t_max. Leave omega out without them.")
             omega, t_min, t_max = (k.to(x.device, x.dtype, non_blocking=True) for k in (omega, t_min, t_max))
-            equal = start.t == start.r
+            equal = noisy.t == noisy.r
             t_min, t_max = torch.where(equal, 0.0, t_min), torch.where(equal, 1.0, t_max)
-            start.conditions |= {"omega": omega, "t_min": t_min, "t_max": t_max}
-            target, direction = self._guided(net, start, v)
+            noisy.conditions |= {"omega": omega, "t_min": t_min, "t_max": t_max}
+            target, direction = self._guided(net, noisy, v)
         if self.head == "data":
             direction = target
         if direction is None:
-            direction = self._direction(net, start)
+            direction = self._direction(net, noisy)
         heads = {"heads": "both"} if self.head == "auxiliary" else {}
         only_u = {"heads": "u"} if heads else {}
         dudt = total_derivative(
-            net, start.z, t, r, (direction, 1.0, 0.0), start.conditions | only_u, skip_equal=self.skip_equal
+            net, noisy.z, t, r, (direction, 1.0, 0.0), noisy.conditions | only_u, skip_equal=self.skip_equal
         )
-        found = net(start.z, start.t, start.r, **start.conditions, **heads)
+        found = net(noisy.z, noisy.t, noisy.r, **noisy.conditions, **heads)
         with without_autocast(x.device.type):
             u, seen = (k.to(x.dtype) for k in found) if heads else (found.to(x.dtype), None)
-            squared = squared_distance(compound_velocity(u, dudt, start.t, start.r) - target)
+            squared = squared_distance(compound_velocity(u, dudt, noisy.t, noisy.r) - target)
             loss = _weighted(squared, self)
             other = squared_distance((u.detach() if seen is None else seen) - target)
             if seen is not None:
                 loss = loss + _weighted(other, self)
             if perceptual is not None:
-                image = data_from_velocity(start.z, u, start.t)
-                loss = loss + perceptual(image, x, start.t, lambda distance: _weighted(distance, self))
+                image = data_from_velocity(noisy.z, u, noisy.t)
+                loss = loss + perceptual(image, x, noisy.t, lambda distance: _weighted(distance, self))
         return Terms(loss, squared.detach(), other.detach())
 
     def _velocity(self, net, z: Tensor, t: Tensor, **conditions) -> Tensor:
         heads = {"heads": "v"} if self.head == "auxiliary" else {}
         return net(z, t, t, **conditions, **heads).to(z.dtype)
 
-    def _direction(self, net, start: "_Start") -> Tensor:
+    def _direction(self, net, noisy: "_NoisyBatch") -> Tensor:
         """The network's own velocity where it is needed: where r < t."""
 
         def compute(z, t, labels):
-            with _evaluating(net, start.masks):
+            with _evaluating(net, noisy.masks):
                 return self._velocity(net, z, t, **({} if labels is None else {"class_labels": labels}))
 
-        labels = start.conditions.get("class_labels")
-        return _on_rows(compute, start.host_r < start.host_t, torch.zeros_like(start.z), start.z, start.t, labels)
+        labels = noisy.conditions.get("class_labels")
+        return _compute_rows(compute, noisy.host_r < noisy.host_t, torch.zeros_like(noisy.z), noisy.z, noisy.t, labels)
 
-    def _guided(self, net, start: "_Start", v: Tensor) -> tuple[Tensor, Tensor]:
-        """(v_g, v_c), (B, ...) each. The network is asked at h = 0 and for guidance at all times, as in the code."""
-        given = start.conditions
-        omega = torch.where(inside(start.t, given["t_min"], given["t_max"]), given["omega"], 1.0)
-        needed = start.host_r < start.host_t
-        if start.dropped is not None:  # a sample without class still needs v_c if it takes a derivative
-            needed = needed | ~start.dropped.to(needed.device)
+    def _guided(self, net, noisy: "_NoisyBatch", v: Tensor) -> tuple[Tensor, Tensor]:
+        """(v_g, v_c), (B, ...) each. Both calls have r = t and guidance at all times, as the authors' code does."""
+        given = noisy.conditions
+        omega = torch.where(inside(noisy.t, given["t_min"], given["t_max"]), given["omega"], 1.0)
+        needed = noisy.host_r < noisy.host_t
+        if noisy.dropped is not None:  # a sample without class still needs v_c if it takes a derivative
+            needed = needed | ~noisy.dropped.to(needed.device)
 
         def compute(z, t, v, labels, omega, full):
             without = full if self.uncond_omega == "same" else torch.ones_like(full)
-            with _evaluating(net, start.masks):
+            with _evaluating(net, noisy.masks):
                 both = self._velocity(
                     net, torch.cat([z, z]), torch.cat([t, t]), omega=torch.cat([omega, without]),
                     class_labels=torch.cat([labels, torch.zeros_like(labels)]),
@@ -300,12 +300,12 @@ class ImprovedMeanFlowLoss:
             return torch.stack([guided_target(v, v_cond, v_uncond, omega), v_cond], dim=1)
 
         fallback = torch.stack([v, v], dim=1)
-        if start.dropped is None:
+        if noisy.dropped is None:
             needed = torch.ones_like(needed)
-        found = _on_rows(compute, needed, fallback, start.z, start.t, v, start.labels, omega, given["omega"])
+        found = _compute_rows(compute, needed, fallback, noisy.z, noisy.t, v, noisy.labels, omega, given["omega"])
         target, direction = found.unbind(1)
-        if start.dropped is not None:
-            target = torch.where(append_dims(start.dropped.to(v.device), v), v, target)
+        if noisy.dropped is not None:
+            target = torch.where(append_dims(noisy.dropped.to(v.device), v), v, target)
         return target, direction
 
 
@@ -313,7 +313,7 @@ class ImprovedMeanFlowLoss:
 # What both share
 
 
-class _Start:
+class _NoisyBatch:
     """z = (1 - t) x + t e and the per-sample conditions, on the device of x; times also where they were given."""
 
     def __init__(self, net, x, t, r, e, class_labels, dropped, augment_labels, dropout_masks):
@@ -347,7 +347,7 @@ def _weighted(squared: Tensor, loss) -> Tensor:
     return squared * adaptive_weight(squared, power=loss.power, eps=loss.eps) if loss.power else squared
 
 
-def _on_rows(compute: Callable, wanted: Tensor, otherwise: Tensor, *inputs: Tensor | None) -> Tensor:
+def _compute_rows(compute: Callable, wanted: Tensor, otherwise: Tensor, *inputs: Tensor | None) -> Tensor:
     """compute(*inputs) in the rows `wanted` (B,) bool, `otherwise` elsewhere; a constant. Takes only those rows through
     the network where the host can tell which they are.
     """

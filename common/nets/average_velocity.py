@@ -1,4 +1,4 @@
-"""u(z, t, r) from a network over noise labels: how the U-Net of MeanFlow is told two times.
+"""u(z, t, r) from a network over noise labels: how MeanFlow conditions a U-Net on two times.
 
 MeanFlow (arXiv 2505.13447), section 4: embeddings of t and t - r side by side, no preconditioning.
 """
@@ -9,15 +9,15 @@ import torch
 from torch import Generator, Tensor, nn
 
 from common.errors import UserError
-from common.nets.dit import check_times, told
+from common.nets.dit import check_times, time_inputs
 
 
 class AverageVelocity(nn.Module):
-    """u(z, t, r), (B, C, R, R) -> (B, C, R, R): the raw network's answer to the times it is told, nothing around it.
+    """u(z, t, r), (B, C, R, R) -> (B, C, R, R): the output of the raw network for these times, unchanged.
 
     model  raw network `net(x, noise_labels, class_labels, augment_labels, dropout_masks)` with num_times = len(times),
            e.g. `common.nets.unet.SongUNet`, `common.nets.mlp.MLPDenoiser`; same number of channels in and out
-    times  what it is told, in order, of "t", "r" and "t-r"; with ["t"] alone this is a flow-matching network v(z, t)
+    times  what conditions it, in order, of "t", "r" and "t-r"; with ["t"] alone this is a flow-matching network v(z, t)
     Raises UserError when the two do not fit.
     """
 
@@ -73,12 +73,12 @@ class AverageVelocity(nn.Module):
         """Average velocity over [r, t], in the dtype of z.
 
         z              (B, C, R, R) at time t
-        t, r           (B,) or numbers, 0 <= r <= t <= 1 (0 = data, 1 = noise); r may be left out if t alone is told
+        t, r           (B,) or numbers, 0 <= r <= t <= 1 (0 = data, 1 = noise); r may be left out if times is [t]
         class_labels   one-hot (B, label_dim), a row of zeros being no class; None: no class for any sample
         augment_labels (B, augment_dim) or None;   dropout_masks: see `draw_dropout`
         Raises UserError.
         """
-        values = [value for _, value in told(self.times, t, r, z)]
+        values = [value for _, value in time_inputs(self.times, t, r, z)]
         out = self.model(
             z,
             torch.stack(values, dim=1) if len(values) > 1 else values[0],

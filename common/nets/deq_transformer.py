@@ -118,7 +118,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerCell(nn.Module):
-    """f(z, u): the blocks one after the other, each sees the same injection u (arXiv 1909.01377, section 4.2)."""
+    """f(z, u): the blocks one after the other, each with the same injection u (arXiv 1909.01377, section 4.2)."""
 
     def __init__(
         self, *, blocks: int, width: int, heads: int, head_width: int, inner: int, dropout: float,

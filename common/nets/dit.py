@@ -28,7 +28,7 @@ from common.nets.transformer import (
     zero_linear,
 )
 
-# Time the network is told -> name of its embedding, after the official code (t - r is h there).
+# Time the network is conditioned on -> name of its embedding, after the official code (t - r is h there).
 TIMES = {"t": "t_embedder", "r": "r_embedder", "t-r": "h_embedder"}
 EPS = 1e-6
 
@@ -41,7 +41,7 @@ class DiT(ImageTransformer):
     out_channels None = in_channels; DiT with learned variance has twice as many
     mlp_ratio    hidden width of the MLP over width
     label_dim    number of classes, 0 = unconditional; one more row of the table stands for "no class"
-    times        which of "t", "r", "t-r" the network is told; their embeddings are summed. MeanFlow: t and t-r
+    times        which of "t", "r", "t-r" condition the network; their embeddings are summed. MeanFlow: t and t-r
     time_scale   factor on every time: 1 in MeanFlow and SiT, 1000 in DiT
     recompute    drop the activations of every block and recompute them in the backward pass
     Raises UserError for sizes that do not fit together.
@@ -97,13 +97,14 @@ class DiT(ImageTransformer):
         """Average velocity over [r, t], in the dtype of z.
 
         z             (B, in_channels, R, R) at time t
-        t, r          (B,) or numbers, 0 <= r <= t <= 1 (0 = data, 1 = noise); r may be left out where the network is
-                      told t alone
+        t, r          (B,) or numbers, 0 <= r <= t <= 1 (0 = data, 1 = noise); r may be left out where the network
+                      is conditioned on t alone
         class_labels  class numbers (B,) or one-hot (B, label_dim); None: no class
         Raises UserError.
         """
         self.check_inputs(z, class_labels)
-        cond = sum(getattr(self, TIMES[time])(value) for time, value in told(self.times, t, r, z, self.time_scale))
+        times = time_inputs(self.times, t, r, z, self.time_scale)
+        cond = sum(getattr(self, TIMES[time])(value) for time, value in times)
         if self.y_embedder is not None:
             cond = cond + self.y_embedder(class_index(class_labels, self.label_dim, z))
         cond = silu(cond)
@@ -123,13 +124,13 @@ def check_times(times: Sequence[str]) -> tuple[str, ...]:
     return times
 
 
-def told(
+def time_inputs(
     times: Sequence[str], t: Tensor | float, r: Tensor | float | None, z: Tensor, scale: float = 1
 ) -> list[tuple[str, Tensor]]:
-    """(name, value (B,)) of every time in `times`, times `scale`. The differences are taken here, so a derivative by t
-    passes through every one of them. Raises UserError when r is needed and missing."""
+    """(name, scale * value (B,)) of every time in `times`. t - r is computed here, so that a derivative by t
+    passes through it as well. Raises UserError when r is needed and missing."""
     if r is None and set(times) != {"t"}:
-        raise UserError(f"this network is told {', '.join(times)} and needs r, got None. Call net(z, t, r, ...).")
+        raise UserError(f"the conditions {', '.join(times)} of this network need r, got None. Call net(z, t, r, ...).")
     t = per_sample("t", t, z)
     r = None if r is None else per_sample("r", r, z)
     values = [(time, t if time == "t" else r if time == "r" else t - r) for time in times]

@@ -31,7 +31,7 @@ PROJECTIONS = ("auto", "parameter", "straight", "exact")
 
 
 def propagate(x: Tensor, incoming: Tensor, outgoing: Tensor) -> Tensor:
-    """A^T x (N, m) of x (N, m): what every node hears from the nodes that link to it.
+    """A^T x (N, m) of x (N, m): the sum over the nodes that link to each node.
 
     incoming  A^T (N, N), sparse (CSR or COO) or dense
     outgoing  A (N, N) in the same layout: the backward multiplies by it instead of transposing `incoming` every time

@@ -23,7 +23,7 @@ ONEDNN = torch.backends.mkldnn.is_available()
 INIT_MODES = ("xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
 
 
-def initial(shape: Sequence[int], mode: str, fan_in: int, fan_out: int) -> Tensor:
+def initial_weight(shape: Sequence[int], mode: str, fan_in: int, fan_out: int) -> Tensor:
     """A fresh float32 tensor, variance 2/(fan_in + fan_out) for xavier_*, 1/fan_in for kaiming_*."""
     limits.choice("init_mode", mode, INIT_MODES)
     spread = 3 if mode.endswith("uniform") else 1  # a uniform variable on [-1, 1] has variance 1/3
@@ -48,9 +48,9 @@ class Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         fans = dict(mode=init_mode, fan_in=in_features, fan_out=out_features)
-        self.weight = nn.Parameter(initial([out_features, in_features], **fans) * init_weight)
-        # Drawn even when init_bias is 0: later layers then see the same random stream as in the official code.
-        self.bias = nn.Parameter(initial([out_features], **fans) * init_bias) if bias else None
+        self.weight = nn.Parameter(initial_weight([out_features, in_features], **fans) * init_weight)
+        # Drawn even when init_bias is 0: later layers then start from the same random numbers as in the official code.
+        self.bias = nn.Parameter(initial_weight([out_features], **fans) * init_bias) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -92,8 +92,8 @@ class Conv2d(nn.Module):
         area = kernel * kernel
         fans = dict(mode=init_mode, fan_in=in_channels * area, fan_out=out_channels * area)
         shape = [out_channels, in_channels, kernel, kernel]
-        self.weight = nn.Parameter(initial(shape, **fans) * init_weight) if kernel else None
-        self.bias = nn.Parameter(initial([out_channels], **fans) * init_bias) if kernel and bias else None
+        self.weight = nn.Parameter(initial_weight(shape, **fans) * init_weight) if kernel else None
+        self.bias = nn.Parameter(initial_weight([out_channels], **fans) * init_bias) if kernel and bias else None
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         taps = torch.outer(taps, taps)[None, None] / taps.sum().square()
         self.register_buffer("resample_filter", taps if up or down else None)

@@ -1,7 +1,7 @@
 """Multiscale deep equilibrium network for images (Bai et al., arXiv 2006.08656), in the form of arXiv 2111.05177.
 
 stem -> u;  z* = f(z*, u) over several resolutions at once;  head(z*) -> logits. Batch normalisation stands in stem and
-head only: inside f the answer for one image must not depend on the others.
+head only: inside f the state of one image must not depend on the others.
 """
 
 import re
@@ -97,7 +97,7 @@ class MDEQ(nn.Module):
 
 
 class Stem(nn.Module):
-    """u: two 3x3 convolutions, with stride 2 as `downsample` says, and a 1x1 convolution when `project`.
+    """u: two 3x3 convolutions, as many of stride 2 as `downsample`, and a 1x1 convolution when `project`.
 
     The official code leaves the projection out for at most two scales at full resolution.
     """
@@ -287,8 +287,8 @@ class Bottleneck(nn.Module):
 def initialise(net: MDEQ) -> None:
     """Convolutions N(0, 0.01^2), biases too; weight-normalised ones keep torch's initial distribution.
 
-    The latter is what the official training did, though not what it says: it draws N(0, 0.01^2) for every convolution
-    after weight normalisation has replaced their weights by g v / |v|, and the next reset discards those draws.
+    The latter is what the official training did, though its code reads otherwise: it draws N(0, 0.01^2) for every
+    convolution after weight normalisation has replaced their weights by g v / |v|, and the next reset discards them.
     """
     for module in net.modules():
         if isinstance(module, nn.Conv2d):

@@ -1,4 +1,4 @@
-"""MiT, the network of improved MeanFlow: a transformer told everything through tokens before the image.
+"""MiT, the network of improved MeanFlow: a transformer whose conditions are tokens in front of the image.
 
 iMF (arXiv 2512.02012), section on in-context conditioning. Tensor names are those of the PyTorch release (see
 `common.weights.meanflow`).
@@ -41,8 +41,8 @@ EMBEDDERS = {
 class TwoHeadTransformer(ImageTransformer, ABC):
     """What MiT and the pixel network of pMF share: prefix tokens, a trunk of gated blocks, a u-head and a v-head.
 
-    Subclasses set `x_embedder`, `pos_embed` and the rotary angles, and say what a head's image means (`velocity`).
-    The network is not told t itself, only h = t - r; the noise level is there to be seen in z.
+    Subclasses set `x_embedder`, `pos_embed` and the rotary angles, and define what a head's image means (`velocity`).
+    The network is conditioned on h = t - r, not on t: the noise level can be estimated from z.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TwoHeadTransformer(ImageTransformer, ABC):
 
     @abstractmethod
     def velocity(self, image: Tensor, z: Tensor, t: Tensor | float) -> Tensor:
-        """What a head's output `image` (B, in_channels, R, R) says about the velocity at (z, t)."""
+        """The velocity at (z, t) that a head's output `image` (B, in_channels, R, R) stands for."""
 
     def forward(
         self,
@@ -120,7 +120,7 @@ class TwoHeadTransformer(ImageTransformer, ABC):
         z             (B, in_channels, R, R) at time t
         t, r          (B,) or numbers, 0 <= r <= t <= 1 (0 = data, 1 = noise)
         class_labels  class numbers (B,) or one-hot (B, label_dim); None: no class
-        omega         (B,) or a number, guidance scale >= 1 built into the answer; 1 = none
+        omega         (B,) or a number, guidance scale >= 1 of the output; 1 = none
         t_min, t_max  (B,) or numbers, the times between which that guidance acts
         heads         "u", "v" or "both"; the other head is not computed
         Raises UserError.

@@ -204,7 +204,7 @@ class BottleneckPatchEmbedding(nn.Module):
 
 
 def patch_convolution(in_channels: int, out_channels: int, patch_size: int) -> nn.Conv2d:
-    """A convolution that sees every patch once, initialised as the linear map it is: Xavier uniform, bias 0."""
+    """A convolution whose windows are the patches, initialised as the linear map it is: Xavier uniform, bias 0."""
     layer = nn.Conv2d(in_channels, out_channels, patch_size, stride=patch_size)
     xavier_uniform_(layer.weight, in_channels * patch_size**2, out_channels)
     nn.init.zeros_(layer.bias)

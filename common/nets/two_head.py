@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 
 from common import limits
 from common.errors import UserError
-from common.nets.dit import check_times, told
+from common.nets.dit import check_times, time_inputs
 from common.nets.transformer import per_sample
 from common.tensors import append_dims
 
@@ -22,8 +22,8 @@ class TwoHeadVelocity(nn.Module):
     model       raw network `net(x, noise_labels, class_labels, augment_labels, dropout_masks)`; num_times counts all it
                 is told: the times, and three numbers more (1 - 1/omega, t_min, t_max) when guided. out_channels =
                 in_channels for u alone, twice as many with a v-head
-    times       what it is told, in order, of "t", "r" and "t-r"; iMF and pMF: t - r alone
-    guided      whether it is told guidance scale and interval
+    times       what conditions it, in order, of "t", "r" and "t-r"; iMF and pMF: t - r alone
+    guided      whether it is conditioned on guidance scale and interval
     prediction  "u": a head's output is the velocity; "x": the clean image, u = (z - x) / max(t, t_floor). pMF
     t_floor     smallest t divided by; the loss must clip alike
     Raises UserError when they do not fit together.
@@ -47,7 +47,8 @@ class TwoHeadVelocity(nn.Module):
         numbers = len(self.times) + 3 * guided
         if model.num_times != numbers:
             raise UserError(
-                f"the network is told {numbers} numbers (times, and three for guidance) but takes {model.num_times}. "
+                f"the network is conditioned on {numbers} numbers (times, three for guidance) but takes "
+                f"{model.num_times}. "
                 f"Set num_times of the network to {numbers}."
             )
         if model.out_channels not in (model.in_channels, 2 * model.in_channels):
@@ -98,7 +99,7 @@ class TwoHeadVelocity(nn.Module):
         limits.choice("heads", heads, ("u", "v", "both"))
         if heads != "u" and "v" not in self.heads:
             raise UserError("this network has no v-head. Set out_channels to twice in_channels, or head=boundary.")
-        values = [value for _, value in told(self.times, t, r, z)]
+        values = [value for _, value in time_inputs(self.times, t, r, z)]
         if self.guided:
             values += [
                 1 - 1 / per_sample("omega", omega, z),

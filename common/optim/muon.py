@@ -28,9 +28,9 @@ class Muon(Optimizer):
     Parameters that are no matrices follow Adam at the same lr, with decoupled decay and, as in optax, with Nesterov's
     mean as well (Dozat 2016): b1 m_t / (1 - b1^(t+1)) + (1 - b1) g_t / (1 - b1^t) over the root of the second moment.
 
-    params        parameters, or groups of them; a group may say `matrix`: whether all in it are matrices (out, in).
-                  Where nothing is said, parameters with two axes are. `common.optim.groups.matrix_groups` knows better:
-                  tables of embeddings and learned tokens have two axes as well
+    params        parameters, or groups of them; a group may set `matrix`: whether all in it are matrices (out, in).
+                  Without it, parameters with two axes count as matrices. `common.optim.groups.matrix_groups` sets it
+                  rightly for tables of embeddings and learned tokens, which have two axes as well
     lr            step size of both
     momentum      decay of the running mean of gradients
     nesterov      False: M = m_t, and plain Adam
@@ -64,7 +64,7 @@ class Muon(Optimizer):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             limits.number(f"optimizer.{name}", value, least=0)
         for name, value in (("momentum", momentum), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
-            limits.number(f"optimizer.{name}", value, least=0, below=1, hint="Set it to 0.95, say.")
+            limits.number(f"optimizer.{name}", value, least=0, below=1, hint="Set it to e.g. 0.95.")
         limits.whole("optimizer.steps", steps, least=1)
         if len(coefficients) != 3:
             raise UserError(f"optimizer.coefficients must hold 3 numbers, got {len(coefficients)}. Give a, b and c.")
@@ -152,7 +152,7 @@ class Muon(Optimizer):
 
 
 def split_groups(params: Iterable[Tensor] | Iterable[dict]) -> list[dict]:
-    """Groups whose `matrix` is set, in the order given; a group that does not say is split into its two kinds."""
+    """Groups whose `matrix` is set, in the order given; a group without `matrix` is split into its two kinds."""
     params = list(params)
     groups = []
     for group in params if params and isinstance(params[0], dict) else [{"params": params}]:

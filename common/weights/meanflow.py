@@ -3,7 +3,7 @@
     load_official(net, "iMF-B-2.pth")
 
 The authors' PyTorch files, their JAX parameter trees (see `common.weights.flax`), the port in FD-loss
-(arXiv 2604.28190) and, for a DiT told one time, the releases of DiT and SiT differ in how they name the same tensors.
+(arXiv 2604.28190) and, for a DiT of one time, the releases of DiT and SiT differ in how they name the same tensors.
 The CIFAR-10 code names its U-Net as EDM does, but lists all queries, then all keys, then all values of an attention.
 """
 
@@ -53,7 +53,7 @@ RELEASES: dict[str, Release] = {
 # Of the training noise, where it is not 1: official configurations of pMF.
 NOISE_SCALES = {"pMF-H-16.pt": 2.0, "pMF-B-32.pt": 2.0, "pMF-L-32.pt": 4.0, "pMF-H-32.pt": 4.0}
 
-# Guidance of the published numbers, told to the network in one step: omega, and the times between which it acts.
+# Guidance of the published one-step numbers, a condition of the network: omega, and the times between which it acts.
 # READMEs of the same branches; on the main branches the configurations recommend the same.
 GUIDANCE = {
     "iMF-B-2.pth": (8.0, 0.4, 0.65),

@@ -1,6 +1,6 @@
 """Global-context modules beside the Hamburger of `common.ham`: what the paper compares it with, and nothing at all.
 
-All take (B, in_channels, H, W) to the same shape, see `channels` channels inside and add what they find to their input
+All map (B, in_channels, H, W) to the same shape, work on `channels` channels and add their output to their input
 under a ReLU, as Hamburger V1 does: y = relu(x + norm(up(context(x)))). "none" is `torch.nn.Identity`.
 
     y = NonLocal(512)(x)
@@ -118,7 +118,7 @@ class EMAttention(nn.Module):
         self.register_buffer("bases", F.normalize(torch.randn(1, channels, rank), dim=1))
         self.up = nn.Conv2d(channels, in_channels, 1, bias=False)
         self.norm = make_norm(norm, in_channels, norm_groups)
-        self.found: Tensor | None = None  # (1, channels, rank), of the last training call
+        self.last_bases: Tensor | None = None  # (1, channels, rank), of the last training call
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.lower(x)
@@ -134,15 +134,15 @@ class EMAttention(nn.Module):
             bases = pixels @ (shares / (shares.sum(dim=1, keepdim=True) + 1e-6))
             bases = F.normalize(bases, dim=1)
         if self.training:
-            self.found = bases.detach().mean(dim=0, keepdim=True)
+            self.last_bases = bases.detach().mean(dim=0, keepdim=True)
         return bases @ shares.transpose(1, 2)
 
     @torch.no_grad()
     def update_bases(self) -> None:
         """Move the stored bases towards those of the last training call, over all processes; for after a step."""
-        if self.found is None:
+        if self.last_bases is None:
             return
-        mean, self.found = self.found, None
+        mean, self.last_bases = self.last_bases, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(mean)
             mean = mean / torch.distributed.get_world_size()

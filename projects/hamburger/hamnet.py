@@ -103,8 +103,8 @@ class HamNet(nn.Module):
     norm           of squeeze and align: bn, gn or none;   norm_groups  of gn
     bn_momentum    of every batch normalisation, the backbone's too; the published HamNet has 3e-4. None: as built
     dropout        of whole channels before the classifier
-    concat         another 3x3 convolution sees the align's output beside the decoded maps (HamNet+ on ADE20K)
-    auxiliary      channels of an auxiliary head, 0: none. It alone sees the first map of the backbone then
+    concat         another 3x3 convolution over the align's output and the decoded maps (HamNet+ on ADE20K)
+    auxiliary      channels of an auxiliary head on the first map of the backbone, unused otherwise; 0: none
     initial        weights of all but the backbone: "torch", as the layers come; "fan_out", mmsegmentation's: normal
                    of variance 2 / fan-out, biases 0, classifiers normal of deviation .01
     align_corners  when maps and logits are resized; inputs of an eval then have sizes s = 1 modulo `stride`, else 0

@@ -37,8 +37,8 @@ class Sagan(nn.Module):
     z_dim           length of the noise vector
     g_width         channels of the generator's last block; each block before it has twice as many
     d_width         channels of the discriminator's first block; each block after it has twice as many
-    context         what sees the whole feature map: ham, attention (SAGAN's), none
-    g_context_at, d_context_at   resolution of the feature map it sees in either network
+    context         module over the whole feature map: ham, attention (SAGAN's), none
+    g_context_at, d_context_at   resolution of its feature map in either network
     g_ham, d_ham    decompositions of the hams; NMF starts from bases that are uniform, not of unit length
     version         of the Hamburger: v1, v2 (with cheese)
     norm_momentum   rate of the running statistics of the batch normalisations
@@ -122,12 +122,12 @@ class Generator(nn.Module):
             raise UserError(f"the generator takes noise of shape (batch, {self.z_dim}), got {tuple(z.shape)}.")
         _check_labels(class_labels, self.label_dim, len(z))
         x = self.first(z).view(len(z), -1, START, START)
-        x = self._see(x, class_labels)
+        x = self._add_context(x, class_labels)
         for block in self.blocks:
-            x = self._see(block(x, class_labels), class_labels)
+            x = self._add_context(block(x, class_labels), class_labels)
         return torch.tanh(self.last(F.relu(self.norm(x))))
 
-    def _see(self, x: Tensor, class_labels: Tensor | None) -> Tensor:
+    def _add_context(self, x: Tensor, class_labels: Tensor | None) -> Tensor:
         return self.context(x, class_labels) if self.context is not None and x.shape[2] == self.context_at else x
 
 

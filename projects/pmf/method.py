@@ -66,7 +66,7 @@ def random_resized_crop(
     area: tuple[float, float] = (0.08, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Tensor:
-    """A crop of each image, (B, C, H, W) -> (B, C, size, size), resized as `resize_matrix` says.
+    """A crop of each image, (B, C, H, W) -> (B, C, size, size), resized by `resize_matrix`.
 
     area    range of its share of the image, uniform
     aspect  range of width over height, uniform in the logarithm

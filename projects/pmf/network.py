@@ -1,4 +1,4 @@
-"""The pixel network of pMF: MiT over large patches, which answers with images rather than velocities.
+"""The pixel network of pMF: MiT over large patches, whose heads predict images rather than velocities.
 
 pMF (arXiv 2601.22158). Tensor names are those of the PyTorch release (see `common.weights.meanflow`).
 """

@@ -68,7 +68,7 @@ class GaborFilter(nn.Module):
 
 
 class SirenFilter(nn.Module):
-    """u_k = A_k x + b_k, entering inside the sine: h -> sin(h + u_k): a SIREN layer that sees the coordinates anew.
+    """u_k = A_k x + b_k, entering inside the sine: h -> sin(h + u_k), a SIREN layer with the coordinates as input.
 
     Arguments as `FourierFilter`.
     """

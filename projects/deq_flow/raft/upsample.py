@@ -39,10 +39,10 @@ def convex_upsample(flow: Tensor, mask: Tensor) -> Tensor:
 
 
 def forward_interpolate(flow: Tensor) -> Tensor:
-    """The flow carried along itself, a guess for the next frame: (B, 2, h, w) pixels -> the same shape and device.
+    """The flow warped forward by itself, the start for the next frame: (B, 2, h, w) pixels -> the same shape, device.
 
     Each pixel takes the flow of the point that lands nearest to it; points that leave the image are left out, and where
-    all do the guess is zero. A nearest-neighbour search on the CPU (scipy), without gradient.
+    all do the estimate is zero. A nearest-neighbour search on the CPU (scipy), without gradient.
     """
     field = flow.detach().double().cpu().numpy()
     batch, _, h, w = field.shape

@@ -32,7 +32,7 @@ def test_std_and_gamma_are_inverse(gamma):
     assert ema.gamma_of_std(ema.std_of_gamma(gamma)) == pytest.approx(gamma, rel=1e-6, abs=1e-6)
 
 
-def test_betas_of_the_sheet():
+def test_betas_of_known_cases():
     profile = PowerFunction(std=0.05)
     assert profile.decay(step=100, batch_size=128, images_seen=12800) == pytest.approx(0.834747, abs=1e-6)
     assert profile.decay(step=10000, batch_size=128, images_seen=1_280_000) == pytest.approx(0.998204, abs=1e-6)

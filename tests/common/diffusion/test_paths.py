@@ -101,7 +101,7 @@ def test_transfer_keeps_image_and_noise(source, target):
     torch.testing.assert_close(z, target.sample(x, e, new_t).z, rtol=1e-9, atol=1e-9)
 
 
-def test_edm_to_linear_is_the_map_of_the_sheet():
+def test_edm_to_linear_divides_by_one_plus_sigma():
     sigma = torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64)
     t = Linear().t_of_sigma(sigma)
     torch.testing.assert_close(t / (1 - t), sigma)

@@ -29,7 +29,7 @@ def count(module):
 
 @pytest.mark.parametrize("version, parameters", [("v1", 525_824), ("v2", 787_968), ("v2plus", 787_970)])
 @pytest.mark.parametrize("ham", [NMF(), VQ(), CD()], ids=["nmf", "vq", "cd"])
-def test_parameter_counts_of_the_sheet(version, parameters, ham):
+def test_parameter_counts_of_the_released_code(version, parameters, ham):
     with torch.device("meta"):
         assert count(Hamburger(512, 512, version=version, ham=ham)) == parameters
 

@@ -480,7 +480,7 @@ def test_bad_input_is_named():
         (lambda: ImprovedMeanFlowLoss(head="aux"), "head must be one of auxiliary, boundary"),
         (lambda: ImprovedMeanFlowLoss(uncond_omega="two"), "uncond_omega must be one of one, same"),
         (lambda: ImprovedMeanFlowLoss(t_floor=2), "t_floor must be >= 0 and <= 1"),
-        (lambda: TwoHeadVelocity(model=mlp(told=3)), "is told 2 numbers .* but takes 3"),
+        (lambda: TwoHeadVelocity(model=mlp(told=3)), "is conditioned on 2 numbers .* but takes 3"),
         (lambda: TwoHeadVelocity(model=mlp(out_channels=3)), "out_channels must be in_channels=1"),
     ],
 )

@@ -174,5 +174,5 @@ def test_a_model_that_does_not_fit_is_refused():
         AverageVelocity(model=MLPDenoiser(**IMAGE, out_channels=3, width=16, depth=1))
     with pytest.raises(UserError, match="3 in and 6 out"):
         AverageVelocity(model=MLPDenoiser(**IMAGE, out_channels=6, width=16, depth=1, num_times=2))
-    with pytest.raises(UserError, match="needs r"):
+    with pytest.raises(UserError, match="need r"):
         MAKERS["mlp"]()(*inputs()[:1], 0.5)

@@ -70,7 +70,7 @@ def test_a_network_told_t_alone_needs_no_r():
     z, t, _, labels = inputs()
     net = shaken(times=["t"])
     assert torch.equal(net(z, t, None, labels), net(z, t, t, labels))
-    with pytest.raises(UserError, match="needs r"):
+    with pytest.raises(UserError, match="need r"):
         shaken()(z, t, None, labels)
 
 

@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from common.errors import UserError
-from common.nets.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock, initial
+from common.nets.layers import (
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Linear,
+    PositionalEmbedding,
+    UNetBlock,
+    initial_weight,
+)
 
 INIT = dict(init_mode="xavier_uniform")
 
@@ -20,7 +28,7 @@ INIT = dict(init_mode="xavier_uniform")
     ],
 )
 def test_initial_variance(mode, variance):
-    w = initial([300, 200], mode, fan_in=200, fan_out=300)
+    w = initial_weight([300, 200], mode, fan_in=200, fan_out=300)
     assert w.mean().abs() < 4 * math.sqrt(variance / w.numel())
     assert w.var().item() == pytest.approx(variance, rel=0.03)
     if mode.endswith("uniform"):
@@ -29,7 +37,7 @@ def test_initial_variance(mode, variance):
 
 def test_initial_mode_typo_names_the_nearest():
     with pytest.raises(UserError, match="Closest: xavier_uniform"):
-        initial([1], "xavier_unifrom", 1, 1)
+        initial_weight([1], "xavier_unifrom", 1, 1)
 
 
 def test_weights_follow_the_dtype_of_the_activations():

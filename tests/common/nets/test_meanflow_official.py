@@ -35,7 +35,7 @@ CIFAR = dict(
     resample_filter=[1, 3, 3, 1],
 )  # fmt: skip
 
-# The table of parameter counts in the papers' sheet (shared/papers/common_diffusion.md, section 4).
+# Parameter counts of the official classes.
 COUNTS = {
     "MeanFlow U-Net aug 6": (partial(SongUNet, **CIFAR, augment_dim=6), 55_932_419),
     "MeanFlow U-Net aug 0": (partial(SongUNet, **CIFAR), 55_929_347),

@@ -17,7 +17,7 @@ from common.nets.unet import DhariwalUNet, SongUNet
 RECORD = json.loads((Path(__file__).parents[2] / "fixtures" / "nets" / "official.json").read_text())
 NETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet, "UNet": EDM2UNet}
 
-# The table of parameter counts in the papers' sheet (shared/papers/common_diffusion.md, section 4).
+# Parameter counts of the official classes.
 PARAMETERS = {
     "ddpmpp_32_aug9": 55_733_891,
     "ddpmpp_32_aug0": 55_732_739,

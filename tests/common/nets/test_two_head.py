@@ -1,4 +1,4 @@
-"""u and v of one raw network: what it is told, how its channels are split, what a head's image means, bad input."""
+"""u and v of one raw network: what conditions it, how its channels are split, what a head's image means, bad input."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_what_the_samplers_ask_for():
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: TwoHeadVelocity(model=Raw(2, 4), guided=True), "is told 5 numbers .* but takes 2. Set num_times"),
+    (lambda: TwoHeadVelocity(model=Raw(2, 4), guided=True), "on 5 numbers .* but takes 2. Set num_times"),
     (lambda: TwoHeadVelocity(model=Raw(2, 3)), "out_channels must be in_channels=2 for u alone or twice that"),
     (lambda: TwoHeadVelocity(model=Raw(2, 2), prediction="v"), "prediction must be one of u, x"),
     (lambda: TwoHeadVelocity(model=Raw(2, 2), t_floor=0.0), "t_floor must be > 0"),

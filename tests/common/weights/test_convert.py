@@ -26,7 +26,7 @@ CIFAR = dict(
 
 
 def test_published_parameter_counts():
-    """Counts of shared sheet and papers: DDPM++ 32px with 9 augmentation labels, ADM 64px, EDM2-S 64px plus head."""
+    """Counts of the official classes: DDPM++ 32px with 9 augmentation labels, ADM 64px, EDM2-S 64px plus head."""
     assert count(network_tree(snapshot("EDMPrecond", **CIFAR))) == 55_733_891
     assert count(network_tree(snapshot("EDMPrecond", 64, 3, 1000, True, model_type="DhariwalUNet"))) == 295_899_267
     edm2 = dict(img_resolution=64, img_channels=3, label_dim=1000, model_channels=192)

@@ -106,7 +106,7 @@ def test_stored_bases_move_only_when_asked():
     assert torch.equal(module.bases, before)
     module.train()(x)
     assert torch.equal(module.bases, before)
-    mean = module.found
+    mean = module.last_bases
     module.update_bases()
     torch.testing.assert_close(module.bases, 0.75 * before + 0.25 * mean)
     moved = module.bases.clone()
