@@ -140,6 +140,7 @@ def _product(func, input, other):
     (a, da), (b, db) = _split(input), _split(other)
     if (da is None) == (db is None):
         return NotImplemented
+    # d(A B) = dA B + A dB, of which one term is zero
     return forward_ad.make_dual(func(a, b), func(a, db) if da is None else func(da, b))
 
 
@@ -150,6 +151,8 @@ def _group_norm(func, input, num_groups, weight=None, bias=None, eps=1e-5):
     batch, channels = x.shape[:2]
     shape = (batch, channels, x.shape[2:].numel(), num_groups)
     x, dx = _same_layout(x, dx)
+    # Without the affine part, the Jacobian of y = (x - mean) / std is (I - 1 1^T / n - y y^T / n) / std: symmetric, so
+    # that the backward kernel applied to dx is the tangent.
     y, mean, rstd = torch.native_group_norm(x, weight, bias, *shape, eps)
     ones = None if weight is None else torch.ones_like(weight)
     grad = torch.ops.aten.native_group_norm_backward
@@ -162,6 +165,7 @@ def _layer_norm(func, input, normalized_shape, weight=None, bias=None, eps=1e-5)
     if dx is None or _moves(weight, bias):
         return NotImplemented
     x, dx = x.contiguous(), dx.contiguous()
+    # as in _group_norm: a symmetric Jacobian, then the weight
     y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
     grad = torch.ops.aten.native_layer_norm_backward
     dy = grad(dx, x, normalized_shape, mean, rstd, None, None, [True, False, False])[0]
@@ -174,6 +178,7 @@ def _softmax(func, input, dim=None, *args, dtype=None, **kwargs):
         return NotImplemented
     x, dx = (x, dx) if dtype is None else (x.to(dtype), dx.to(dtype))
     y = torch.softmax(x, dim)
+    # dy = y * (dx - sum(y * dx)), the Jacobian diag(y) - y y^T being symmetric
     return forward_ad.make_dual(y, torch._softmax_backward_data(dx, y, dim, y.dtype))
 
 

@@ -79,6 +79,7 @@ class Path(ABC):
         limits.choice("target", target, KINDS)
         if source == target:
             return value
+        # Two linear equations in (D, eps): z = a D + s eps, v = a' D + s' eps. z and one prediction give the others.
         a, s = append_dims(self.a(t), z), append_dims(self.s(t), z)
         if source == "score":
             if target == "eps":
@@ -88,6 +89,7 @@ class Path(ABC):
             return -self.convert(value, source=source, target="eps", z=z, t=t) / s
         da, ds = append_dims(self.da(t), z), append_dims(self.ds(t), z)
         if source == "v":
+            # D = (s' z - s v) / (a s' - s a'), eps = (a v - a' z) / (a s' - s a'), by Cramer's rule.
             slope = a * ds - s * da  # determinant of (D, eps) -> (z, v); positive on every path
             return (ds * z - s * value) / slope if target == "denoiser" else (a * value - da * z) / slope
         if source == "denoiser":

@@ -120,14 +120,17 @@ class Heun:
         grid = _grid(denoiser, self.steps, self.sigma_min, self.sigma_max, self.rho)
         x = z.to(torch.float64) * grid[0]
         for k, (sigma, after) in enumerate(pairwise(grid)):
+            # Lines 4 to 6: raise the noise level to (1 + gamma) sigma by adding noise of variance raised^2 - sigma^2.
             if self.churn > 0 and self.s_min <= sigma <= self.s_max:
                 gamma = min(self.churn / self.steps, math.sqrt(2) - 1)
                 raised = _supported(denoiser, [sigma * (1 + gamma), 0.0])[0]
                 added = math.sqrt(max(raised**2 - sigma**2, 0.0)) * self.s_noise
                 x = x + added * _need(noise, "Heun with churn > 0")(k).to(x)
                 sigma = raised
+            # Lines 7 and 8: Euler step along dx/dsigma = (x - D) / sigma.
             slope = (x - _denoise(denoiser, x, sigma)) / sigma
             moved = x + (after - sigma) * slope
+            # Lines 10 and 11: again with the mean of the slopes at both ends (trapezoidal rule).
             if after > 0:
                 slope = 0.5 * (slope + (moved - _denoise(denoiser, moved, after)) / after)
                 moved = x + (after - sigma) * slope
@@ -171,7 +174,8 @@ class DDIM:
         for k in range(self.steps):
             data = _denoise(denoiser, x / a[k], s[k] / a[k])
             eps = (x - a[k] * data) / s[k]
-            # standard deviation of the part of the noise that is replaced by a fresh draw
+            # Standard deviation of the part of the noise that is replaced by a fresh draw (eq. 16):
+            # eta s_r sqrt(1 - (s_r a_t / (s_t a_r))^2). With eta = 1 the variance of the DDPM posterior.
             keep = max(1 - (s[k + 1] * a[k] / (s[k] * a[k + 1])) ** 2, 0.0)
             fresh = self.eta * s[k + 1] * math.sqrt(keep)
             x = a[k + 1] * data + math.sqrt(max(s[k + 1] ** 2 - fresh**2, 0.0)) * eps

@@ -198,6 +198,8 @@ class NMF(Decomposition):
         return self._step(x, bases, codes, torch.bmm(bases.transpose(1, 2), x))
 
     def _step(self, x: Tensor, bases: Tensor, codes: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
+        # C <- C * (D^T X) / ((D^T D) C + e), then D <- D * (X C^T) / (D (C C^T) + e) with the new C. The Gram
+        # matrices (r, r) go first: r^2 (d + n) multiplications rather than 2 d r n.
         codes = self._update(codes, projection, torch.bmm(_gram(bases), codes))
         right = codes.transpose(1, 2)
         bases = self._update(bases, torch.bmm(x, right), torch.bmm(bases, torch.bmm(codes, right)))
@@ -220,6 +222,7 @@ class NMF(Decomposition):
 
     def final(self, x, bases, codes):
         # The weights first: with constant factors they are a constant, and all the backward pass keeps besides D.
+        # C * (D^T X) / (D^T D C + e)
         weights = codes / torch.bmm(_gram(bases), codes).add_(self.eps)
         return weights * torch.bmm(bases.transpose(1, 2), x)
 

@@ -207,6 +207,7 @@ class ConsistencyLoss:
         """x_r for r > 0, and what the target would be at r = 0."""
         if ode_teacher is None:
             return y + eps * _per_sample(r, y), y
+        # One step of dx/dsigma = (x - D) / sigma from t to r: Euler, then Heun's mean of both slopes (EDM algorithm 1).
         denoised = _call(ode_teacher, x_t, t, labels)
         slope = (x_t - denoised) / _per_sample(t, y)
         step = _per_sample(r, y) - _per_sample(t, y)

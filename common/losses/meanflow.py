@@ -157,6 +157,7 @@ class MeanFlowLoss:
             skip_equal=self.skip_equal,
         )  # fmt: skip
         u = net(noisy.z, noisy.t, noisy.r, **noisy.conditions)
+        # |u - stopgrad(v - (t - r) du/dt)|^2, eq. 10, with the adaptive weight of eq. 22
         with without_autocast(x.device.type):
             u = u.to(x.dtype)
             squared = squared_distance(u - average_velocity_target(target, dudt, noisy.t, noisy.r))

@@ -85,6 +85,8 @@ def project_rows(weight: Tensor, bound: Tensor | float) -> Tensor:
     sorted row (Duchi et al. 2008, figure 1); rows inside the ball stay as they are, bit for bit. Differentiable almost
     everywhere, alpha included. bound: number > 0, or a tensor () of one.
     """
+    # Row w with sum |w| > bound: sign(w) max(|w| - alpha, 0), where alpha makes the result sum to the bound. If the k
+    # largest entries survive, alpha_k = (their sum - bound) / k; k is the largest with |w|_(k) > alpha_k.
     size = weight.abs()
     falling = size.sort(dim=1, descending=True).values
     rank = torch.arange(1, weight.shape[1] + 1, device=weight.device, dtype=weight.dtype)
@@ -165,7 +167,7 @@ class ImplicitLayer(nn.Module):
             if self.projection == "parameter" and self.training:
                 weight.copy_(projected)
                 return weight
-        return weight + (projected - weight).detach()
+        return weight + (projected - weight).detach()  # the value of `projected`, the gradient of `weight`
 
     def inject(self, x: Tensor, incoming: Tensor, outgoing: Tensor) -> Tensor:
         """b(U) (1, N, m) of U = x (N, p)."""

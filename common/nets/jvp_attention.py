@@ -92,6 +92,8 @@ def blocked_attention(
     k, dk = (None if x is None else (_rows(x, wide) * scale).transpose(1, 2) for x in (k, dk))
     v, dv = (_rows(x, v.dtype) for x in (v, dv))
     out, dout = (torch.empty(batch, count, heads, channels, dtype=v.dtype, device=v.device) for _ in range(2))
+    # S = Q K^T / sqrt(C), P = softmax(S), O = P V. Tangents: dS = (dQ K^T + Q dK^T) / sqrt(C),
+    # dP = P * (dS - rowsum(P * dS)), dO = dP V + P dV. The factor 1 / sqrt(C) is in k and dk.
     for start in range(0, count, block):
         rows = slice(start, start + block)
         p = torch.bmm(q[:, rows], k).softmax(2)

@@ -231,6 +231,7 @@ class UNetBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, in_channels, H, W), emb (B or 1, emb_channels), mask (B, out_channels, H', W') bool or None."""
         h = self.conv0(silu(self.norm0(x)))
+        # ADM: silu(scale * norm(h) + shift), scale = 1 + s; DDPM++: silu(norm(h + shift))
         params = self.affine(emb)[:, :, None, None].to(h.dtype)
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)

@@ -100,6 +100,7 @@ class Muon(Optimizer):
                 state["momentum"] = torch.zeros_like(p)
             state["step"] += 1
             means.append(state["momentum"])
+        # m_t = momentum m_(t-1) + (1 - momentum) g_t
         torch._foreach_lerp_(means, grads, 1 - momentum)
         shapes: dict[tuple, list[int]] = {}
         for index, p in enumerate(params):
@@ -109,6 +110,8 @@ class Muon(Optimizer):
             for first in range(0, len(indices), at_once):
                 some = indices[first : first + at_once]
                 mean = torch.stack([means[i] for i in some])
+                # M = momentum m_t / (1 - momentum^(t+1)) + (1 - momentum) g_t / (1 - momentum^t), as optax's nadam;
+                # undebiased without the denominators.
                 if group["nesterov"]:
                     share = (momentum, 1 - momentum)
                     if group["debias"]:
@@ -135,6 +138,7 @@ class Muon(Optimizer):
         grads, states = [p.grad for p in params], [self.state[p] for p in params]
         first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
         done = [float(s["step"]) for s in states]
+        # Adam (arXiv 1412.6980, algorithm 1): means of g and g^2; the step is mean / (root of the second + eps).
         torch._foreach_lerp_(first, grads, 1 - b1)
         torch._foreach_mul_(second, b2)
         torch._foreach_addcmul_(second, grads, grads, value=1 - b2)
@@ -187,6 +191,7 @@ def orthogonalise(
     tall = x.shape[-2] > x.shape[-1]
     x = (x.mT if tall else x).to(dtype)
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)
+    # Each step maps every singular value s to a s + b s^3 + c s^5 and leaves the singular vectors alone.
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
