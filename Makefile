@@ -4,12 +4,13 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 ARGS ?=
 BENCH ?= ect deq
+NUMERICS := $(addprefix tests/common/,deq diffusion ham losses metrics nets optim)
 
 EXPERIMENTS := $(sort $(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experiment/*.yaml)))
 CLAIMS := $(sort $(patsubst conf/claim/%.yaml,%,$(wildcard conf/claim/*.yaml)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint type check claims zoo gallery doctor bench clean
+.PHONY: help install demo test test-avx2 lint type check claims zoo gallery doctor bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%<>-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,7 +37,13 @@ demo: install ## install, then train a teacher and tune it into a one-step gener
 	$(PY) -m projects.run +experiment=ect_tiny $(ARGS)
 
 test: install lint type ## install, then lint, types and all tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not net" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not net" --durations=20 $(ARGS)
+	@test -n "$(ARGS)" || $(MAKE) --no-print-directory test-avx2
+
+# Compilers and tensors without values give nothing else on another processor.
+test-avx2: install ## the numerical tests once more, with AVX2 as on processors without AVX-512
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not net and not slow" \
+	  -k "not compil and not fake and not shapes_alone and not machine_code and not interpreter and not processes" $(NUMERICS)
 
 lint: install ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -13,6 +13,70 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+BUDGET = 25  # CPU seconds that the own tests of one paper may take; processors differ, so twice that fails
+PAPERS = sorted(path.parent.name for path in REPO.glob("projects/*/README.md"))
+spent: dict[str, float] = {}  # CPU seconds of this process by test file; of all workers in the process that steers them
+
+
+def cpu_seconds() -> float:
+    """Of this process and the children it has waited for."""
+    return sum(os.times()[:4])
+
+
+def paper_of(file: str) -> str | None:
+    """tests/projects/<paper>/... and tests/projects/test_<paper>*.py; the longest name that fits. Else None."""
+    parts = Path(file).parts
+    if parts[:2] != ("tests", "projects"):
+        return None
+    name = parts[2].removeprefix("test_").removesuffix(".py")
+    return max((p for p in PAPERS if name == p or name.startswith(f"{p}_")), key=len, default=None)
+
+
+def over_budget(spent: dict[str, float], limit: float) -> list[str]:
+    """One line per paper whose test files took more than `limit` CPU seconds together."""
+    files: dict[str, dict[str, float]] = {}
+    for file, seconds in spent.items():
+        if paper := paper_of(file):
+            files.setdefault(paper, {})[file] = seconds
+    lines = []
+    for paper, own in files.items():
+        if sum(own.values()) > limit:
+            slowest = ", ".join(f"{file} {own[file]:.0f}" for file in sorted(own, key=own.get, reverse=True)[:3])
+            lines.append(f"the tests of {paper} took {sum(own.values()):.0f} CPU seconds, of {BUDGET}: {slowest}")
+    return lines
+
+
+def pytest_runtest_logstart(nodeid, location):
+    global since
+    since = cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    global since
+    report, now = (yield), cpu_seconds()
+    report.cpu_seconds, since = now - since, now
+    return report
+
+
+def pytest_runtest_logreport(report):
+    file = report.nodeid.split("::")[0]
+    spent[file] = spent.get(file, 0) + getattr(report, "cpu_seconds", 0)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    workers_do_not_judge = hasattr(session.config, "workerinput")
+    if not workers_do_not_judge and over_budget(spent, 2 * BUDGET) and exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in over_budget(spent, 2 * BUDGET):
+        terminalreporter.write_line(f"FAILED {line}. Make them smaller, or mark what only make check needs as full.")
+    for line in set(over_budget(spent, BUDGET)) - set(over_budget(spent, 2 * BUDGET)):
+        terminalreporter.write_line(f"note: {line}")
+
+
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also step every experiment at its published depth")
 
