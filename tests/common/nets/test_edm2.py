@@ -157,7 +157,7 @@ def test_class_label_has_unit_magnitude():
         (dict(model_channels=32, attn_resolutions=[]), None),
         (dict(model_channels=24), "24 channels cannot be cut into heads of 64|48 channels cannot be cut"),
         (dict(attn_resolutions=[3]), "attn_resolutions names 3"),
-        (dict(dropout=-0.1), "dropout must be at least 0"),
+        (dict(dropout=-0.1), "dropout must be >= 0 and < 1"),
         (dict(img_resolution=7), "img_resolution must be a multiple of 2"),
         (dict(img_channels=0), "img_channels must be a whole number"),
     ],
