@@ -10,7 +10,7 @@ EXPERIMENTS := $(sort $(patsubst conf/experiment/%.yaml,%,$(wildcard conf/experi
 CLAIMS := $(sort $(patsubst conf/claim/%.yaml,%,$(wildcard conf/claim/*.yaml)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-avx2 lint type check claims zoo gallery doctor bench clean
+.PHONY: help install demo test test-emulated lint type check claims zoo gallery doctor bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%<>-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,10 +38,10 @@ demo: install ## install, then train a teacher and tune it into a one-step gener
 
 test: install lint type ## install, then lint, types and all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not net" --durations=20 $(ARGS)
-	@test -n "$(ARGS)" || $(MAKE) --no-print-directory test-avx2
+	@test -n "$(ARGS)" || $(MAKE) --no-print-directory test-emulated
 
 # Compilers and tensors without values give nothing else on another processor.
-test-avx2: install ## the numerical tests once more, with AVX2 as on processors without AVX-512
+test-emulated: install ## the numerical tests once more, with AVX2 as on processors without AVX-512
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 -m "not net and not slow" \
 	  -k "not compil and not fake and not shapes_alone and not machine_code and not interpreter and not processes" $(NUMERICS)
 

@@ -13,7 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-BUDGET = 25  # CPU seconds that the own tests of one paper may take; processors differ, so twice that fails
+BUDGET = 25  # CPU seconds that the own tests of one paper may take, on two idle cores
+TOO_MUCH = 3 * BUDGET  # fails: processors and neighbours change CPU seconds by a factor of 2.5
 PAPERS = sorted(path.parent.name for path in REPO.glob("projects/*/README.md"))
 spent: dict[str, float] = {}  # CPU seconds of this process by test file; of all workers in the process that steers them
 
@@ -66,14 +67,14 @@ def pytest_runtest_logreport(report):
 
 def pytest_sessionfinish(session, exitstatus):
     workers_do_not_judge = hasattr(session.config, "workerinput")
-    if not workers_do_not_judge and over_budget(spent, 2 * BUDGET) and exitstatus == 0:
+    if not workers_do_not_judge and over_budget(spent, TOO_MUCH) and exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter):
-    for line in over_budget(spent, 2 * BUDGET):
+    for line in over_budget(spent, TOO_MUCH):
         terminalreporter.write_line(f"FAILED {line}. Make them smaller, or mark what only make check needs as full.")
-    for line in set(over_budget(spent, BUDGET)) - set(over_budget(spent, 2 * BUDGET)):
+    for line in set(over_budget(spent, BUDGET)) - set(over_budget(spent, TOO_MUCH)):
         terminalreporter.write_line(f"note: {line}")
 
 
