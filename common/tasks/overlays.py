@@ -11,7 +11,7 @@ from common.files import atomic
 
 GAP, LINE = 4, 14  # pixels between tiles; height of a line of text
 OPACITY = 0.55  # of the colours
-WIDTHS = (240, 480)  # pixels: narrower pictures are enlarged in the sheet, wider ones reduced
+WIDTHS = (240, 480)  # pixels: narrower pictures are shown enlarged, wider ones reduced
 
 
 def painted(image: Tensor, classes: Tensor, palette: Tensor) -> Tensor:

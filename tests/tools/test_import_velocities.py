@@ -147,7 +147,7 @@ def test_an_imported_pmf_starts_from_the_noise_it_was_trained_with(tmp_path, cap
 
 
 def test_an_export_samples_with_the_guidance_of_the_published_number(tmp_path, capsys):
-    """It is told by the released name, by --omega and --interval for other names."""
+    """It follows from the released name, from --omega and --interval for other names."""
     net = shaken(MiT(**TINY, head_depth=2, v_depth=0))
     for name, words, guidance in (
         ("iMF-L-2.pth", (), (10.5, 0.4, 0.6)),

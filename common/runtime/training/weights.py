@@ -49,11 +49,11 @@ def initialise(net: nn.Module, path: Path, average: str | None = None) -> LoadRe
 
     A network may complete or rename the tensors first, by its `prepare_weights(tensors)`: a file may hold the backbone
     alone. `model.map_augment.weight` may be in the file and not in the network: tuning without augmentation drops that
-    input (ECT from EDM, arXiv 2406.14548, sheet section 6).
+    input (ECT from EDM, arXiv 2406.14548).
     """
     tensors = network_tensors(path, average)
     if any(k.startswith("unet.") for k in tensors) and not hasattr(net, "unet"):
-        # an EDM2 teacher: its network under our name, its uncertainty head left behind (sheet section 6)
+        # an EDM2 teacher: its network under our name, its uncertainty head left behind
         tensors = {k.replace("unet.", "model.", 1): v for k, v in tensors.items() if not k.startswith("logvar_")}
     if hasattr(net, "prepare_weights"):
         tensors = net.prepare_weights(tensors)

@@ -158,7 +158,7 @@ def test_tensor_form_equals_the_metric():
 
 
 def test_gradient_is_the_closed_form():
-    """2(mu-mu_r)/N + 2/(N-1) (f-mu)(I - R (R S R)^(-1/2) R), R = Sr^(1/2): common_diffusion sheet, section 8."""
+    """2(mu-mu_r)/N + 2/(N-1) (f-mu)(I - R (R S R)^(-1/2) R), R = Sr^(1/2)."""
     n = 40
     f = (torch.randn(n, 6, dtype=torch.float64) * 2 + 1).requires_grad_()
     reference = stats(torch.randn(60, 6) @ torch.randn(6, 6))
