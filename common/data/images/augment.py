@@ -1,7 +1,7 @@
 """Augmentation, batched on the images' device and drawn for the joint batch of all processes.
 
 For generators, augmentation that does not leak into the samples: the network is conditioned on what was done to each
-image. The pipe of EDM (arXiv 2206.00364, appendix F.2), after "Training GANs with Limited Data" (arXiv 2006.06676, app. B):
+image. The pipe of EDM (arXiv 2206.00364, app. F.2), after "Training GANs with Limited Data" (arXiv 2006.06676, app. B):
 each transformation acts on an image with its own probability and reports its parameters in the label; images that no
 warp was drawn for are not resampled. For classifiers, `CropFlip` and `RandomResizedCrop`.
 """
