@@ -120,7 +120,8 @@ class ImplicitLayer(nn.Module):
                 "auto":      what the authors' code amounts to: "parameter" without norm, "straight" with one
 
     The authors' layer also holds a bias (m, 1) that enters nothing; it is not here. Initial values are uniform in
-    +-1/sqrt(m), as there. Raises UserError for a word or number out of range.
+    +-1/sqrt(m), as there; a spectral norm with a limit starts from gains of 1, so that no weight exceeds norm 1.
+    Raises UserError for a word or number out of range.
     """
 
     def __init__(
@@ -153,6 +154,9 @@ class ImplicitLayer(nn.Module):
             nn.init.uniform_(linear.weight, -1 / math.sqrt(out_features), 1 / math.sqrt(out_features))
         if norm != "none":
             apply_norm(self, kind=norm, clip=clip)
+        if norm == "spectral" and clip is not None:
+            for linear in self.children():
+                nn.init.ones_(linear.parametrizations.weight.original0)
 
     def weight(self, radius: Tensor) -> Tensor:
         """W (m, m) as used, inside the ball for links of Perron root `radius` ()."""

@@ -368,3 +368,17 @@ def test_refusals(kind, options, sentence):
 def test_wrong_number_of_features_is_named():
     with pytest.raises(UserError, match=r"project\.net\.in_features is 4, but the data has 7 .*in_features=7"):
         node_net()(torch.zeros(9, 7).double(), *inputs(links())[1:])
+
+
+@pytest.mark.parametrize(("clip", "gain"), [(1.0, 1.0), (None, None)])
+def test_a_limited_spectral_norm_starts_from_gains_of_one(clip, gain):
+    """As in the zoo's run on PPI: no weight has a norm above 1, whatever its uniform start; without limit f stays."""
+    torch.manual_seed(0)
+    made = ImplicitLayer(5, 16, kappa=0.9, self_term=True, norm="spectral", clip=clip, projection="auto")
+    for linear in (made.w, made.omega_1, made.omega_2):
+        size = torch.linalg.matrix_norm(linear.weight, 2).item()
+        gains = linear.parametrizations.weight.original0
+        raw = torch.linalg.matrix_norm(linear.parametrizations.weight.original1, 2).item()
+        assert size == pytest.approx(raw if gain is None else min(raw, gain), rel=1e-4)
+        assert gain is None or (gains == gain).all()
+    assert torch.linalg.matrix_norm(made.w.parametrizations.weight.original1, 2) > 1.01  # the limit acts on it
