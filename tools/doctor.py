@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError, nearest
 
@@ -89,7 +90,7 @@ def _package(name: str, specifier) -> Finding:
     module, needed, only = PACKAGES.get(name, (None, True, ""))
     absent = BROKEN if needed else ABSENT
     note = f"; used by {only}" if only else ""
-    finding = dict(group="packages", name=name, needed=needed, fix="Run: make install")
+    finding: dict[str, Any] = dict(group="packages", name=name, needed=needed, fix="Run: make install")
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -204,9 +205,9 @@ def _read(part: str, name: str, key: str, folder: Path):
     """Value of `key` in conf/<part>/<name>.yaml as plain data, with the data folder filled in; None when not there."""
     from omegaconf import OmegaConf
 
-    top = OmegaConf.load(ROOT / "conf" / "config.yaml")
+    top: Any = OmegaConf.load(ROOT / "conf" / "config.yaml")
     chosen = _with_parents(part, name)
-    tree = OmegaConf.create({"paths": top.paths, "seed": 0})
+    tree: Any = OmegaConf.create({"paths": top.paths, "seed": 0})
     if part != "data":
         tree = OmegaConf.merge(tree, {"data": {"root": str(folder)}})
     # experiments bring their whole tree to the top, the other groups stand under their own name
@@ -219,7 +220,7 @@ def _with_parents(part: str, name: str):
     """conf/<part>/<name>.yaml over the choices of its group that it is a variant of."""
     from omegaconf import OmegaConf
 
-    chosen = OmegaConf.load(ROOT / "conf" / part / f"{name}.yaml")
+    chosen: Any = OmegaConf.load(ROOT / "conf" / part / f"{name}.yaml")
     for parent in chosen.get("defaults", []):
         if isinstance(parent, str) and (ROOT / "conf" / part / f"{parent}.yaml").is_file():
             chosen = OmegaConf.merge(_with_parents(part, parent), chosen)
@@ -287,7 +288,7 @@ def folders() -> Iterable[Finding]:
 
 
 def _folder(name: str, path: Path, variable: str) -> Finding:
-    finding = dict(group="folders", name=name, needed=True)
+    finding: dict[str, Any] = dict(group="folders", name=name, needed=True)
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
     fix = f"Set {variable} to a folder you can write to."
     try:

@@ -77,7 +77,7 @@ def write_export(
 class Exported:
     """A loaded export. `net` is the network in eval mode: `net(x, sigma) -> denoised image` where it is a denoiser."""
 
-    net: nn.Module
+    net: Any
     sampler: Any
     config: dict
     folder: Path

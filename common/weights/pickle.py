@@ -89,6 +89,7 @@ class Record(metaclass=_Sealed):
     """What stands for an object of the file: `name` of its class and `state`, its `__dict__`. It can do nothing."""
 
     name = "object"
+    state: dict
 
     def __new__(cls, *args):
         self = object.__new__(cls)
@@ -108,6 +109,7 @@ class _Held(metaclass=_Sealed):
     """A finished value behind glass: pickle's BUILD opcode must not reach a tensor's own `__setstate__`."""
 
     __slots__ = ("value",)
+    value: Any
 
     def __init__(self, value):
         object.__setattr__(self, "value", value)

@@ -77,6 +77,11 @@ def check_data(config, conf_dir=None) -> None:
     """
     from omegaconf import OmegaConf
 
+    for part in ("project", "data", "trainer"):
+        if not OmegaConf.select(config, f"{part}._target_", default=None):
+            raise UserError(
+                f"{part} is empty: there is no {part}._target_. Choose one: {part}=<a file of conf/{part}>."
+            )
     needed, held = (
         getattr(_class_of(OmegaConf.select(config, f"{part}._target_")), attribute, "")
         for part, attribute in (("project", "reads"), ("data", "holds"))
@@ -281,7 +286,8 @@ def _misfit(value, hint, recursive: bool) -> str | None:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         advices = [_misfit(value, option, recursive) for option in arguments]
-        return None if None in advices else max(advices, key=len)
+        given = [advice for advice in advices if advice is not None]
+        return max(given, key=len) if len(given) == len(advices) else None
     if origin is typing.Literal:
         if any(value == option and type(value) is type(option) for option in arguments):
             return None

@@ -142,7 +142,7 @@ def explain_hydra_error(
     return lines[0] if lines else type(error).__name__
 
 
-def _chain(error: BaseException) -> str:
+def _chain(error: BaseException | None) -> str:
     parts = []
     while error is not None:
         parts.append(str(error))
@@ -299,7 +299,7 @@ def _value(error, text, conf_dir, given, config_name) -> str | None:
         key = found[1] if found else ""
     found = re.search(r"Missing mandatory value: (\S+)", text)
     if found or type(error).__name__ == "MissingMandatoryValue":
-        key = key or found[1]  # the message has the last part of the path only
+        key = key or (found[1] if found else "a value")  # the message has the last part of the path only
         return f"{key} is not set. Give it: {key}=..."
     found = re.search(r"Interpolation key '([^']+)' not found", text)
     if found:
@@ -371,7 +371,8 @@ def _compose(conf_dir: Path, config_name: str, overrides: list[str]) -> dict:
     config = loader.load_configuration(config_name=config_name, overrides=overrides, run_mode=RunMode.RUN)
     with open_dict(config):
         config.pop("hydra", None)
-    return OmegaConf.to_container(config, resolve=False)
+    composed = OmegaConf.to_container(config, resolve=False)
+    return composed if isinstance(composed, dict) else {}
 
 
 def _select(node, path: str):

@@ -77,7 +77,7 @@ def use_checked_loader() -> None:
 
     if not hasattr(entry, "ConfigLoaderImpl"):
         raise RuntimeError("this version of hydra-core loads configurations by another way: it cannot be checked")
-    entry.ConfigLoaderImpl = CheckedConfigLoader
+    entry.ConfigLoaderImpl = CheckedConfigLoader  # type: ignore[misc]
 
 
 def check_hydra(config: DictConfig) -> None:
@@ -88,7 +88,7 @@ def check_hydra(config: DictConfig) -> None:
     if hydra is None:
         return
     typed = [text.lstrip("+").partition("=")[0] for text in hydra.get("overrides", {}).get("hydra", [])]
-    problems = []
+    problems: list[str] = []
     for section, allowed in SECTIONS.items():
         problems += _entry(hydra, section, f"hydra.{section}", allowed, typed)
     if OmegaConf.select(hydra, "sweeper.custom_search_space") is not None:
@@ -129,7 +129,7 @@ def _entry(parent: Any, key: Any, path: str, allowed: tuple[str, ...], typed: li
         yield f"{path}={value} is not allowed. {nearest(str(value), allowed)}Allowed here: {', '.join(allowed)}."
     elif isinstance(value, DictConfig):
         for inner in value:
-            yield from _entry(value, inner, f"{path}.{inner}", allowed, typed)
+            yield from _entry(value, inner, f"{path}.{inner!s}", allowed, typed)
     elif isinstance(value, ListConfig):
         for index in range(len(value)):
             yield from _entry(value, index, f"{path}.{index}", allowed, typed)

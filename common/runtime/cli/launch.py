@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,7 +25,8 @@ def register_resolvers() -> None:
 
         if not HydraConfig.initialized():
             return default
-        return OmegaConf.select(HydraConfig.instance().cfg, path, default=default)
+        composed: Any = HydraConfig.instance().cfg
+        return OmegaConf.select(composed, path, default=default)
 
     def experiment_name() -> str:
         return str(hydra_value("hydra.runtime.choices.experiment", "none")).replace("/", "_")
@@ -34,7 +36,8 @@ def register_resolvers() -> None:
 
     def name(seed, _root_) -> str:
         overrides = list(hydra_value("hydra.overrides.task", []))
-        return run_name(seed, overrides, OmegaConf.to_container(_root_, resolve=False))
+        tree: Any = OmegaConf.to_container(_root_, resolve=False)
+        return run_name(seed, overrides, tree)
 
     OmegaConf.register_new_resolver("run_name", name, replace=True)
 
@@ -76,6 +79,11 @@ def explain(error: Exception, conf: Path) -> tuple[str | None, int]:
     refusal = user_error(error)
     if refusal is not None:
         return _with_section(str(refusal), error), refusal.exit_code
+    if is_out_of_memory(error):
+        sentence = (
+            "There is not enough memory. Lower data.batch_size or sample.batch_size, or make the network smaller."
+        )
+        return _with_section(sentence, error), 2
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         cause = error.__cause__  # a constructor of a library refused: its words, and where they belong
         known = isinstance(cause, ValueError) or type(cause).__name__ == "MisconfigurationException"
@@ -88,6 +96,19 @@ def explain(error: Exception, conf: Path) -> tuple[str | None, int]:
     if isinstance(error, OSError) and error.filename and (error.errno in (17, 20, 28, 30) or making_folders):
         return f"Cannot write {error.filename}: {error.strerror}. Choose another folder with paths.outputs=<folder>.", 2
     return None, 1
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether Python, or torch on any device, could not allocate memory, at whatever place of the chain of causes."""
+    while error is not None:
+        kind = type(error).__name__
+        said = isinstance(error, RuntimeError) and (
+            "can't allocate memory" in str(error) or "out of memory" in str(error)
+        )
+        if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or said:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _with_section(sentence: str, error: BaseException | None) -> str:

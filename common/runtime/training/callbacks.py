@@ -35,7 +35,7 @@ class Throughput(Callback):
         self.images_per_s = float("nan")  # or whatever the module counts
         self._started: tuple[float, int] | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self.peak_tflops is None and torch.cuda.is_available():
             name = torch.cuda.get_device_name()
             self.peak_tflops = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
@@ -43,7 +43,7 @@ class Throughput(Callback):
             self.flops_per_step = pl_module.context.count_flops()
         self._started = None
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
         if self._started is None:
             self._started = (time.perf_counter(), step)  # the first step pays for warm-up
@@ -147,7 +147,7 @@ class Progress(Callback):
         left = elapsed * (steps - step) / max(step - self._first, 1)
         return f"{clock(elapsed)} elapsed, {clock(left)} left"
 
-    def _text(self, trainer: Trainer, outputs, unit: str) -> str:
+    def _text(self, trainer: Any, outputs, unit: str) -> str:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         parts = [f"loss {float(loss):.4g}"] if loss is not None else []
         speed = next((c.images_per_s for c in trainer.callbacks if isinstance(c, Throughput)), float("nan"))
@@ -195,7 +195,7 @@ class SampleGrid(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(trainer, pl_module)
 
-    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _draw(self, trainer: Any, pl_module: Any) -> None:
         if trainer.global_step == self._done or not trainer.is_global_zero:
             return
         self._done = trainer.global_step
@@ -226,8 +226,8 @@ def write_grid(path, images: Tensor, *, columns: int | None = None) -> Path:
     grid = torch.full((rows * columns, *tiles.shape[1:]), 128, dtype=torch.uint8)
     grid[:count] = tiles
     grid = grid.view(rows, columns, *tiles.shape[1:]).permute(0, 3, 1, 4, 2)
-    array = grid.reshape(rows * tiles.shape[2], columns * tiles.shape[3], channels)
-    array = torch.nn.functional.pad(array, (0, 0, 0, gap, 0, gap), value=128).numpy()
+    grid = grid.reshape(rows * tiles.shape[2], columns * tiles.shape[3], channels)
+    array = torch.nn.functional.pad(grid, (0, 0, 0, gap, 0, gap), value=128).numpy()
     with atomic(path) as temporary:
         Image.fromarray(array[..., 0] if channels == 1 else array[..., :3]).save(temporary, format="PNG")
     return path

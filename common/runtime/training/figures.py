@@ -27,7 +27,7 @@ def read_curves(metrics_csv) -> dict[str, tuple[list[int], list[float]]]:
                 value = _parse(text) if isinstance(text, str) and key not in ("step", "epoch", None) else None
                 if value is not None:
                     curves.setdefault(key, {})[int(step)] = value
-    return {key: tuple(map(list, zip(*sorted(points.items())))) for key, points in curves.items()}
+    return {key: (sorted(points), [points[step] for step in sorted(points)]) for key, points in curves.items()}
 
 
 def _parse(text) -> float | None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from common.files import atomic, read_json, write_json, write_text
@@ -131,9 +132,10 @@ def read_result(run_dir) -> dict | None:
     return result if isinstance(result, dict) and isinstance(result.get("metrics"), dict) else None
 
 
-def _metric(value) -> dict:
-    if dataclasses.is_dataclass(value):
-        return {"value": _number(value.value), "record": dataclasses.asdict(value)}
+def _metric(value: Any) -> dict:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        record = dataclasses.asdict(value)
+        return {"value": _number(record["value"]), "record": record}
     if isinstance(value, Mapping):
         return {"value": _number(value["value"]), "record": value.get("record")}
     return {"value": _number(value), "record": None}

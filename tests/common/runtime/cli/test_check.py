@@ -373,7 +373,8 @@ def test_values_without_a_target_have_types_too():
 def test_data_of_another_kind_are_refused_with_the_words_that_fit():
     conf = Path(__file__).resolve().parents[4] / "conf"
     edm, camvid = "projects.edm.module.Edm", "common.data.segmentation.module.SegmentationDataModule"
-    config = OmegaConf.create({"project": {"_target_": edm}, "data": {"_target_": camvid}})
+    trainer = {"_target_": "lightning.pytorch.Trainer"}
+    config = OmegaConf.create({"project": {"_target_": edm}, "data": {"_target_": camvid}, "trainer": trainer})
     with pytest.raises(UserError) as error:
         check_data(config, conf)
     text = str(error.value)
@@ -384,3 +385,5 @@ def test_data_of_another_kind_are_refused_with_the_words_that_fit():
     config.project._target_ = "projects.toy_check.Loss"  # reads anything
     config.data._target_ = camvid
     check_data(config)
+    with pytest.raises(UserError, match=r"^data is empty: there is no data\._target_\. Choose one: data=<"):
+        check_data(OmegaConf.create({"project": {"_target_": edm}, "data": {}, "trainer": trainer}))

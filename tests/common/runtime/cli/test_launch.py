@@ -108,3 +108,19 @@ def test_moved_targets_are_written_by_their_present_path():
     assert tree.a._target_ == "common.data.images.digits.Digits"
     assert tree.a.b[0]._target_ == "common.runtime.training.guard.NonFiniteGuard"
     assert tree.c._target_ == "torch.optim.Adam"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+    ],
+)
+def test_too_little_memory_is_one_sentence_that_names_the_section(error):
+    wrapped = InstantiationException("Error in call to target\nfull_key: project.net.model")
+    wrapped.__cause__ = error
+    sentence, code = launch.explain(wrapped, CONF)
+    assert code == 2 and sentence.startswith("project.net.model: There is not enough memory. Lower data.batch_size")
+    assert launch.explain(RuntimeError("shapes differ"), CONF) == (None, 1)
