@@ -322,11 +322,7 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def lose_the_checksum(path: Path) -> None:
-    checkpoint.checksum_path(path).unlink()
-
-
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_the_checksum])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, straight, tmp_path, capsys):
     folder = tmp_path / "run"
     with leaving(11, RuntimeError("pulled plug")), pytest.raises(RuntimeError):
@@ -335,8 +331,84 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, straig
     damage(bad)
     fit.fit_task(composed(folder, "ect", *KILLED))
     out = capsys.readouterr().out
-    assert f"Checkpoint {bad} is cut short or altered" in out and "continuing step-00000005.ckpt" in out
+    assert f"Checkpoint {bad} cannot be used: it is cut short or altered" in out
+    assert "continuing step-00000005.ckpt" in out
+    assert (folder / "earlier-1/checkpoints/step-00000010.ckpt").is_file()
     assert_same_run(straight("ect", *OFTEN), folder)
+
+
+def test_a_checkpoint_without_its_checksum_is_read_as_it_is(straight, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with leaving(11, RuntimeError("pulled plug")), pytest.raises(RuntimeError):
+        fit.fit_task(composed(folder, "ect", *KILLED))
+    checkpoint.checksum_path(folder / "checkpoints/step-00000010.ckpt").unlink()
+    fit.fit_task(composed(folder, "ect", *KILLED))
+    out = capsys.readouterr().out
+    assert "step-00000010.ckpt has no checksum beside it" in out and "continuing step-00000010.ckpt" in out
+    assert_same_run(straight("ect", *OFTEN), folder)
+
+
+def test_checkpoints_of_which_none_can_be_used_are_not_started_over(tmp_path):
+    """Nor deleted: the run that started at 0 instead used to remove every new checkpoint as the older one."""
+    folder = tmp_path / "run"
+    fit.fit_task(composed(folder, "edm", "trainer.max_steps=4"))
+    (bad,) = checkpoint.list_checkpoints(folder / "checkpoints")
+    truncate(bad)
+    with pytest.raises(UserError, match="none that can be used.*resume=never"):
+        fit.fit_task(composed(folder, "edm", "trainer.max_steps=4"))
+    fit.fit_task(composed(folder, "edm", "trainer.max_steps=2", "resume=never"))
+    assert [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")] == ["step-00000002.ckpt"]
+    assert (folder / "earlier-1/checkpoints" / bad.name).is_file()
+
+
+def test_going_on_from_an_older_checkpoint_leaves_the_other_branch(straight, tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ("trainer.max_steps=12", "callbacks.checkpoints.every_n_steps=4", "callbacks.checkpoints.keep=3")
+    fit.fit_task(composed(folder, "edm", *words))
+    weights = (folder / "export/model.safetensors").read_bytes()
+    old = folder / "checkpoints/step-00000004.ckpt"
+    with leaving(10, signal.SIGTERM), pytest.raises(Interrupted):
+        fit.fit_task(composed(folder, "edm", *words, f"resume={old}"))
+    names = [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")]
+    assert names == [f"step-{n:08d}.ckpt" for n in (10, 8, 4)], "12 is of the abandoned branch"
+    assert [p.name for p in checkpoint.list_checkpoints(folder / "earlier-1/checkpoints")] == [
+        "step-00000012.ckpt", "step-00000008.ckpt"]  # fmt: skip
+    assert not list((folder / "pictures").glob("step-00000012*")) and len(rows(folder)) == 10
+    fit.fit_task(composed(folder, "edm", *words))
+    assert "continuing step-00000010.ckpt" in capsys.readouterr().out
+    assert (folder / "export/model.safetensors").read_bytes() == weights, "the same steps again"
+
+
+def test_a_finished_run_trains_and_measures_nothing_again(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    first = fit.fit_task(composed(folder, "edm", "trainer.max_steps=2"))
+    kept = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    monkeypatch.setattr(fit, "train", lambda *_: pytest.fail("nothing is left to do"))
+    assert fit.fit_task(composed(folder, "edm", "trainer.max_steps=2")) == pytest.approx(first)
+    assert "finished: resume has trained 2 of 2 steps" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} == kept
+
+
+def test_data_may_move_but_not_change(tmp_path, capsys):
+    from PIL import Image
+
+    def pictures(place: Path, shade: int) -> Path:
+        for number in range(8):
+            place.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), shade + number).resize((8 + shade, 8)).save(place / f"{number}.png")
+        return place
+
+    def words(root: Path, steps: int) -> tuple:
+        return (f"trainer.max_steps={steps}", "data=folder", f"data.root={root}", "data.source.resolution=8",
+                "data.source.channels=1", "data.num_workers=0", "data.batch_size=4", "evaluate.samplers={}")  # fmt: skip
+
+    folder, one = tmp_path / "run", pictures(tmp_path / "one", 0)
+    fit.fit_task(composed(folder, "edm", *words(one, 2)))
+    moved = one.rename(tmp_path / "moved")
+    fit.fit_task(composed(folder, "edm", *words(moved, 3)))
+    assert "continuing step-00000002.ckpt" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds a run on other data"):
+        fit.fit_task(composed(folder, "edm", *words(pictures(tmp_path / "two", 9), 4)))
 
 
 def test_every_checkpoint_is_plain_data(straight):
@@ -408,13 +480,28 @@ def test_a_folder_of_another_run_is_refused_by_the_key(override, named, straight
     assert {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} == kept, "nothing may change"
 
 
-def test_starting_over_keeps_the_old_checkpoints_aside(tmp_path, capsys):
+def test_starting_over_keeps_the_whole_old_run_aside(tmp_path, capsys):
     folder = tmp_path / "run"
-    fit.fit_task(composed(folder, "ect", "trainer.max_steps=2"))
+    fit.fit_task(composed(folder, "ect", "trainer.max_steps=4"))
+    (folder / "notes.txt").write_text("the user's own")
+    old = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
     fit.fit_task(composed(folder, "ect", "trainer.max_steps=3", "resume=never"))
-    assert (folder / "checkpoints.old-1/step-00000002.ckpt").is_file()
-    assert "training: resume to step 3" in capsys.readouterr().out
-    assert len(rows(folder)) == 3
+    old.pop(Path("notes.txt"))
+    assert {path: (folder / "earlier-1" / path).read_bytes() for path in old} == old
+    out = capsys.readouterr().out
+    assert "training: resume to step 3" in out and "step-00000004.png" not in out.rpartition("training:")[2]
+    assert len(rows(folder)) == 3 and (folder / "notes.txt").is_file()
+
+
+def test_the_console_text_of_a_run_is_kept(tmp_path, capsys):
+    folder = tmp_path / "run"
+    with leaving(1, signal.SIGTERM), pytest.raises(Interrupted):
+        fit.fit_task(composed(folder, "edm", "trainer.max_steps=2"))
+    fit.fit_task(composed(folder, "edm", "trainer.max_steps=2"))
+    text = (folder / "run.log").read_text()
+    for part in ("training: resume to step 2", "error: SIGTERM received", "continuing step-00000001.ckpt", "weights:"):
+        assert part in text
+    assert [line for line in capsys.readouterr().out.splitlines() if line not in text] == []
 
 
 # The command itself ---------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def first_difference(before: Mapping, after: Mapping) -> tuple[str, Any, Any] | 
     """(key, old value, new value) of a setting that makes `after` another run than `before`, None for the same run.
 
     A setting that one of them lacks has the default of its class there, so that a run of an older version continues
-    when a class gained an option. Files are compared by name: a folder may move.
+    when a class gained an option. Files are compared by name, and those of the data not at all: folders may move.
     """
     old, new = dict(_leaves(before)), dict(_leaves(after))
     for key in sorted(old.keys() | new.keys()):
@@ -137,6 +137,6 @@ def _default(key: str, other: Mapping, own: Mapping) -> Any:
 def _comparable(key: str, value: Any) -> Any:
     if isinstance(value, str) and key.rpartition(".")[2] == "_target_":
         return current(value)
-    if isinstance(value, str) and "/" in value:
-        return PurePath(value).name
+    if isinstance(value, str) and "/" in value:  # data are compared by their fingerprint
+        return "a file or folder" if key.startswith("data.") else PurePath(value).name
     return None if value in ({}, []) else value

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there: written aside, checksummed, renamed; read with `weights_only=True`."""
 
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from common.errors import UserError
 from common.files import atomic, checksum_path, sha256_file, verify_checksum, write_text
 from common.runtime.training.logger import log_step
-from common.weights.load import read_torch
+from common.weights.load import read_torch, stored_step
 
 NAME = re.compile(r"^step-(\d+)\.ckpt$")
 
@@ -20,7 +21,8 @@ class SafeCheckpointIO(CheckpointIO):
     """Lightning's file access for checkpoints.
 
     Order of a write: data to a temporary file, its sha256 to `<name>.sha256`, then the rename. A kill at any point
-    leaves either the old state or a complete new file; a file without a matching checksum is never read.
+    leaves either the old state or a complete new file. A file that does not match its checksum is never read; one that
+    has none was copied here without it, and is read as plain data.
     """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
@@ -51,14 +53,14 @@ def _save(checkpoint: dict, path: Path) -> None:
 
 
 def read_checkpoint(path, *, map_location="cpu") -> dict:
-    """One checkpoint, checked against its checksum and read without running any code in it.
+    """One checkpoint, checked against its checksum (if it has one) and read without running any code in it.
 
     Raises UserError naming the file when it is missing, truncated, altered or holds anything but plain data.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No checkpoint at {path}. Train one first, or give the path of an existing step-*.ckpt.")
-    if not verify_checksum(path):
+    if verify_checksum(path) is False:
         raise UserError(
             f"The checkpoint {path} does not match its checksum: it was cut short or altered. "
             f"Delete it to use the one before it."
@@ -70,22 +72,48 @@ def list_checkpoints(folder) -> list[Path]:
     """Step checkpoints in `folder`, newest (highest step) first; unchecked."""
     folder = Path(folder)
     found = [p for p in folder.iterdir() if NAME.match(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(NAME.match(p.name).group(1)), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Optimiser steps in the name of a checkpoint or picture, `step-<n>...`; 0 for other names."""
+    found = re.match(r"step-(\d+)", Path(path).name)
+    return int(found.group(1)) if found else 0
+
+
+def fault(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, None when it can. One without a checksum is used when it can be opened."""
+    try:
+        matches = verify_checksum(path)
+        if matches is None:
+            stored_step(path)
+    except (UserError, OSError) as error:
+        return str(error).rstrip(".")
+    return "it is cut short or altered (checksum differs)" if matches is False else None
 
 
 def latest_complete(folder, say=print) -> Path | None:
-    """The newest checkpoint whose checksum holds; refused ones are named through `say` and passed over."""
+    """The newest checkpoint that can be used; those passed over, and one without a checksum, are named by `say`."""
     for path in list_checkpoints(folder):
-        if verify_checksum(path):
+        found = fault(path)
+        if found is None:
+            if not checksum_path(path).is_file():
+                say(f"Checkpoint {path} has no checksum beside it ({checksum_path(path).name}): read unchecked.")
             return path
-        say(f"Checkpoint {path} is cut short or altered (checksum differs): using the one before it.")
+        say(f"Checkpoint {path} cannot be used: {found}. Looking at the one before it.")
     return None
+
+
+def unusable(folder) -> list[Path]:
+    """The checkpoints in `folder` that cannot be used, down to the newest that can."""
+    return list(takewhile(lambda path: fault(path) is not None, list_checkpoints(folder)))
 
 
 class Checkpoints(Checkpoint):
     """Writes `step-<n>.ckpt` every `every_n_steps` optimiser steps and at the end; keeps the newest `keep`.
 
-    Old files go only after the new one is in place, so a full disk or a kill never costs the last good one.
+    Old files go only after the new one is in place, so a full disk or a kill never costs the last good one. The one
+    just written stays, whatever else lies in the folder.
     """
 
     def __init__(self, *, dirpath: str, every_n_steps: int = 1000, keep: int = 2):
@@ -99,7 +127,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
-        self.last = latest_complete(self.dirpath, say=lambda text: None)
+        self.last = next(iter(list_checkpoints(self.dirpath)), None)  # the unusable ones were put aside before
         if trainer.is_global_zero and self.dirpath.is_dir():
             for cut_short in self.dirpath.glob(".tmp-*"):  # of a run that was killed while it wrote
                 cut_short.unlink(missing_ok=True)
@@ -120,6 +148,7 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(path, weights_only=False)  # optimiser and callbacks too; plain data all the same
         self._saved_step, self.last = step, path
         if trainer.is_global_zero:
-            for old in list_checkpoints(self.dirpath)[self.keep :]:
+            others = [old for old in list_checkpoints(self.dirpath) if old != path]
+            for old in others[self.keep - 1 :]:
                 trainer.strategy.checkpoint_io.remove_checkpoint(old)
         return path

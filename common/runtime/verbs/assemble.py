@@ -32,13 +32,14 @@ class Assembled:
     module: ResearchModule
     sampler: Callable | None  # that of the sample section; modules that generate no images leave it alone
     evaluation: Evaluation | SplitEvaluation | None  # None for verbs that measure nothing
+    start: Path | None = None  # checkpoint that training continues from
 
 
-def instantiate(node):
+def instantiate(node, **options):
     """Hydra's instantiate with plain Python containers; a refusal inside a constructor keeps its sentence."""
     import hydra
 
-    return hydra.utils.instantiate(node, _convert_="all")
+    return hydra.utils.instantiate(node, _convert_="all", **options)
 
 
 def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:

@@ -1,20 +1,21 @@
 """`task=fit`: needs, refusals, restart, training, evaluation, export, tables."""
 
-import shutil
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig, OmegaConf
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
 
 from common.errors import UserError
-from common.files import read_json, write_json, write_text
+from common.files import read_json, write_json
 from common.runtime.cli import needs
-from common.runtime.cli.identity import first_difference
 from common.runtime.cli.lock import only_run
+from common.runtime.cli.transcript import recorded
 from common.runtime.training.callbacks import Progress
-from common.runtime.training.checkpoint import SafeCheckpointIO, latest_complete, list_checkpoints
+from common.runtime.training.checkpoint import SafeCheckpointIO
 from common.runtime.training.ema import WeightAverages, averaged, choose_average
 from common.runtime.training.figures import plot_curves
 from common.runtime.training.logger import MetricsCSV
@@ -22,67 +23,19 @@ from common.runtime.training.weights import find_init, initialise
 from common.runtime.verbs.assemble import Assembled, assemble, instantiate, task_overrides
 from common.runtime.verbs.evaluate import EvaluationCurve
 from common.runtime.verbs.export import write_export
-from common.runtime.verbs.report import comparison_table, environment, show, write_result
+from common.runtime.verbs.folder import finished_result, is_first_process, prepare, run_facts, starting_point
+from common.runtime.verbs.report import comparison_table, show, write_result
 from common.weights.load import stored_step
 
-
-def prepare_folder(run: Assembled, overrides: list[str]) -> Path | None:
-    """Make the run folder self-explaining and find the checkpoint to continue from.
-
-    Raises UserError when the folder holds a run with other settings; `resume=never` puts that run's checkpoints aside.
-    """
-    folder, resume = run.folder, run.cfg.resume
-    checkpoints = folder / "checkpoints"
-    if resume == "never" and list_checkpoints(checkpoints):
-        number = 1 + len(list(folder.glob("checkpoints.old-*")))
-        shutil.move(checkpoints, folder / f"checkpoints.old-{number}")
-        print(f"Starting over: the earlier checkpoints are kept in {folder / f'checkpoints.old-{number}'}")
-    if resume not in ("auto", "never"):
-        start = Path(resume)
-        if not start.is_file():
-            raise UserError(f"resume={resume} is no checkpoint file. Use resume=auto, resume=never or a step-*.ckpt.")
-    else:
-        start = latest_complete(checkpoints)
-    stored, inputs = folder / "config.yaml", folder / "inputs.json"
-    if start is not None and stored.is_file():
-        _refuse_other_run(OmegaConf.to_container(OmegaConf.load(stored)), run.plain, folder)
-    known = read_json(inputs) if start is not None and inputs.is_file() else {}
-    found = _data_fingerprint(run)
-    if found and known.get("data", found) != found:
-        raise UserError(
-            f"{folder} holds a run on other data: the files below data.root={run.plain['data'].get('root')} are not "
-            f"those it was started with. Choose another folder with run.dir=<folder>, or start over with resume=never."
-        )
-    write_json(inputs, {"data": found or known.get("data")})
-    write_text(stored, OmegaConf.to_yaml(OmegaConf.create(run.plain)))
-    write_text(folder / "overrides.yaml", OmegaConf.to_yaml(overrides))
-    write_json(folder / "environment.json", environment())
-    return start
-
-
-def _refuse_other_run(old: dict, new: dict, folder: Path) -> None:
-    found = first_difference(old, new)
-    if found is not None:
-        key, before, after = found
-        raise UserError(
-            f"{folder} holds a run with other settings: {key} was {before}, is {after}. "
-            f"Choose another folder with run.dir=<folder>, or start over with resume=never."
-        )
-
-
-def _data_fingerprint(run: Assembled) -> str | None:
-    """Fingerprint of the split trained on; None for data that have none, such as mixtures of sets."""
-    split = getattr(run.data, "train_split", "train")
-    if split not in getattr(run.data, "splits", ()) or not hasattr(run.data, "fingerprint"):
-        return None
-    with suppress(UserError):  # of latents: the pictures they were made of may not be here
-        return run.data.fingerprint(split)
-    return None
+WANDB, TENSORBOARD = "lightning.pytorch.loggers.WandbLogger", "lightning.pytorch.loggers.TensorBoardLogger"
 
 
 def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
-    """Lightning's Trainer with our checkpoint files, averages and callbacks in their order."""
-    cfg = run.cfg
+    """Lightning's Trainer with our checkpoint files, averages and callbacks in their order.
+
+    Loggers drop what they hold of steps after the checkpoint that training continues from.
+    """
+    cfg, step = run.cfg, stored_step(run.start) if run.start else 0
     averages = instantiate(cfg.ema)
     for wanted in (cfg.evaluate.average, cfg.sample.average):
         choose_average(dict.fromkeys(averages.profiles), wanted)  # refuse now, not after the last step
@@ -91,10 +44,20 @@ def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
     ordered = [averages, *callbacks.values()]
     if run.evaluation:
         ordered.insert(1, EvaluationCurve(run.evaluation, run.data, averages, progress))
-    loggers = [MetricsCSV(path=str(run.folder / "metrics.csv"))]
-    loggers += [instantiate(node) for node in (cfg.logger or {}).values() if node is not None]
+    table = MetricsCSV(path=str(run.folder / "metrics.csv"))
+    table.start_at(step)
+    loggers = [table, *(build_logger(node, run.folder, step) for node in (cfg.logger or {}).values() if node)]
     trainer = instantiate_trainer(cfg, callbacks=ordered, logger=loggers, default_root_dir=str(run.folder))
     return trainer, averages
+
+
+def build_logger(node: DictConfig, folder: Path, step: int) -> Logger:
+    """A logger of the configuration that goes on with its run when this one does: one id, no step twice."""
+    if node._target_ == WANDB and not node.get("id"):
+        return instantiate(node, id=run_facts(folder).get("id"), resume="allow")
+    if node._target_ == TENSORBOARD and step:
+        return instantiate(node, purge_step=step)  # event files are only appended to: readers then skip later steps
+    return instantiate(node)
 
 
 def instantiate_trainer(cfg: DictConfig, **objects) -> Trainer:
@@ -116,41 +79,62 @@ def _logging_interval(cfg: DictConfig) -> int:
 def fit_task(cfg: DictConfig) -> float | None:
     """Train (or continue), evaluate, export; returns the sweep objective: the first metric of the evaluation."""
     overrides = task_overrides()
-    run = assemble(cfg, training=True, measuring=True)
-    results = {
-        name: needs.ensure(name, need, seed=cfg.seed, paths=run.plain["paths"])
-        for name, need in (run.plain["needs"] or {}).items()
-    }
-    started = time.perf_counter()
-    with only_run(run.folder):
-        start = prepare_folder(run, overrides)
-        init = find_init(cfg.init.file, cfg.init.hint) if start is None else None
-        if init is not None:
-            report = initialise(run.module.net, init, cfg.init.average)
-            print(f"Initial weights: {init} ({report.loaded} tensors)")
-        trainer, averages = build_trainer(run)
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsCSV):
-                logger.start_at(stored_step(start) if start else 0)
-        before = _earlier_seconds(run.folder) if start else 0.0
-        if trainer.is_global_zero:
-            action = f"continuing {start.name}" if start else "training"
-            print(f"{action}: {cfg.run.experiment} to step {trainer.max_steps} in {run.folder}")
-        try:
-            trainer.fit(run.module, datamodule=run.data, ckpt_path=str(start) if start else None, weights_only=True)
-        except SystemExit as leaving:  # Lightning's answer to Ctrl-C outside the steps
-            if isinstance(leaving.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from leaving
-            raise
-        finally:
-            with suppress(UserError):  # a full disk has been reported by then
-                if trainer.is_global_zero:
-                    write_json(run.folder / "seconds.json", {"training": before + time.perf_counter() - started})
-        return finish(run, trainer, averages, results, overrides, started, before)
+    with recorded() as transcript:
+        run = assemble(cfg, training=True, measuring=True)
+        with only_run(run.folder):
+            run = replace(run, start=starting_point(run))
+            finished = finished_result(run)
+            if finished is not None:
+                show_finished(run, finished)
+                return finished["objective"]
+            needed = {
+                name: needs.ensure(name, need, seed=cfg.seed, paths=run.plain["paths"])
+                for name, need in (run.plain["needs"] or {}).items()
+            }
+            prepare(run, overrides)
+            if is_first_process():
+                transcript.keep(run.folder / "run.log")
+            return train(run, needed, overrides)
+
+
+def show_finished(run: Assembled, result: dict) -> None:
+    """What there is of a run that has nothing left to do."""
+    if is_first_process():
+        print(
+            f"finished: {run.cfg.run.experiment} has trained {result['step']} of {run.cfg.trainer.max_steps} steps in "
+            f"{run.folder}. Measure it with task=test, sample it with task=sample, or raise trainer.max_steps."
+        )
+        for name, metric in result["metrics"].items():
+            print(f"  {name}: {show(metric['value'])}")
+
+
+def train(run: Assembled, needed: dict, overrides: list[str]) -> float | None:
+    """The training itself in a prepared folder, and its ending; returns the objective."""
+    cfg, start, started = run.cfg, run.start, time.perf_counter()
+    init = find_init(cfg.init.file, cfg.init.hint) if start is None else None
+    if init is not None:
+        report = initialise(run.module.net, init, cfg.init.average)
+        print(f"Initial weights: {init} ({report.loaded} tensors)")
+    trainer, averages = build_trainer(run)
+    before = _earlier_seconds(run.folder) if start else 0.0
+    if trainer.is_global_zero:
+        action = f"continuing {start.name}" if start else "training"
+        print(f"{action}: {cfg.run.experiment} to step {trainer.max_steps} in {run.folder}")
+    try:
+        trainer.fit(run.module, datamodule=run.data, ckpt_path=str(start) if start else None, weights_only=True)
+    except SystemExit as leaving:  # Lightning's answer to Ctrl-C outside the steps
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from leaving
+        raise
+    finally:
+        with suppress(UserError):  # a full disk has been reported by then
+            if trainer.is_global_zero:
+                write_json(run.folder / "seconds.json", {"training": before + time.perf_counter() - started})
+    return finish(run, trainer, averages, needed, overrides, started, before)
 
 
 def finish(
-    run: Assembled, trainer: Trainer, averages: WeightAverages, results: dict, overrides, started, before
+    run: Assembled, trainer: Trainer, averages: WeightAverages, needed: dict, overrides, started, before
 ) -> float | None:
     """Everything after the last step: metrics, export, curves, result.json and the closing table."""
     cfg, module = run.cfg, run.module
@@ -183,7 +167,7 @@ def finish(
     if run.plain["table"] and metrics:
         measured = {name: {"value": value} for name, value in values.items()}
         own = {"metrics": measured, "step": trainer.global_step, "wall_time_s": trained}
-        print_closing_table(run, own, results)
+        print_closing_table(run, own, needed)
     newest = sorted((run.folder / "pictures").glob("step-*"))[-1:]
     for what, path in [*(("samples", p) for p in newest), *(("curve", p) for p in pictures)]:
         print(f"{what}: {path}")
@@ -201,11 +185,11 @@ def close(loggers: list) -> None:
             end()
 
 
-def print_closing_table(run: Assembled, own: dict, results: dict) -> None:
+def print_closing_table(run: Assembled, own: dict, needed: dict) -> None:
     """The rows of `table`: this run beside the runs it needed, each number read from a result record."""
     rows = []
     for row in run.plain["table"]:
-        source = own if row["run"] == "self" else results.get(row["run"])
+        source = own if row["run"] == "self" else needed.get(row["run"])
         if source is None:
             raise UserError(f"table row '{row['label']}' names run '{row['run']}', which is not in needs.")
         line = {"model": row["label"]}
