@@ -37,6 +37,7 @@ import yaml
 
 from common.errors import UserError, nearest
 from common.files import read_json, write_json
+from common.runtime.cli.needs import override
 from common.runtime.verbs import report
 from tools import bench
 
@@ -153,21 +154,15 @@ def code_hash(root: Path = ROOT) -> str:
 
 def run_arguments(run: Mapping, seed: int, folder: Path, folders: Mapping[str, Path]) -> list[str]:
     """The command line of one run after `python -m projects.run`; `{name}` becomes the folder of run `name`."""
-    arguments = [f"+experiment={run['experiment']}", f"seed={seed}", _quoted("run.dir", folder.resolve())]
+    arguments = [f"+experiment={run['experiment']}", f"seed={seed}", override("run.dir", folder.resolve())]
     for text in run["overrides"]:
         key, _, value = str(text).partition("=")
         if any(f"{{{name}}}" in value for name in folders):
             for name, other in folders.items():
                 value = value.replace(f"{{{name}}}", str(other.resolve()))
-            text = _quoted(key, value)
+            text = override(key, value)
         arguments.append(str(text))
     return arguments
-
-
-def _quoted(key: str, value) -> str:
-    """`key='value'` in Hydra's grammar, for paths with any characters."""
-    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{text}'"
 
 
 def benchmark_arguments(run: Mapping, folder: Path) -> list[str]:

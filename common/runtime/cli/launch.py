@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError, nearest, user_error
 from common.limits import RANGES
+from common.runtime.cli import places
 from common.runtime.cli.identity import run_name
 from common.targets import current
 
@@ -40,6 +41,12 @@ def register_resolvers() -> None:
         return run_name(seed, overrides, tree)
 
     OmegaConf.register_new_resolver("run_name", name, replace=True)
+    OmegaConf.register_new_resolver("run_dir", places.run_dir, replace=True)
+    OmegaConf.register_new_resolver("folder", places.expanded, replace=True)
+    # cached: a job of a sweep resolves this with overrides of its own, and must get the folder of the sweep
+    OmegaConf.register_new_resolver("sweep_dir", places.sweep_dir, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("hydra_record", lambda mode: ".hydra" if "MULTIRUN" in str(mode) else None,
+                                    replace=True)  # fmt: skip
 
 
 def help_text(conf: Path) -> str:
@@ -176,6 +183,15 @@ def launch(cfg: DictConfig):
         OmegaConf.update(cfg, "run.dir", HydraConfig.get().runtime.output_dir)
         choices = HydraConfig.get().runtime.choices
         OmegaConf.update(cfg, "run.experiment", str(choices.get("experiment") or "none").replace("/", "_"))
+    for key, folder in cfg.paths.items():
+        OmegaConf.update(cfg, f"paths.{key}", places.expanded(folder, f"paths.{key}"))
+    try:
+        return _launch(cfg)
+    finally:
+        places.remove_empty(Path(cfg.run.dir), Path(cfg.paths.outputs))  # of a refused command, or a plan
+
+
+def _launch(cfg: DictConfig):
     if isinstance(cfg.speed.threads, int) and RANGES["speed.threads"].holds(cfg.speed.threads):
         os.environ["OMP_NUM_THREADS"] = str(cfg.speed.threads)  # before torch is imported, which the check does
     quiet()

@@ -1,6 +1,7 @@
 """One training process per run folder."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,4 +32,8 @@ def only_run(folder: Path) -> Iterator[None]:
             ) from error
         except OSError:  # a file system without locks
             pass
-        yield
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [".running"]:  # refused before anything was written: leave no folder
+                (folder / ".running").unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The end of a sweep: every job's result in one table and one plot, whichever launcher or sweeper ran it."""
 
 import atexit
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from common.runtime.training import figures
 from common.runtime.verbs import report
 
 ERROR = "error.json"
+PLAN = "sweep.json"  # in the sweep folder: how many jobs, and what differs between them
 _open_sweeps: set[str] = set()  # sweep folders of this process whose table has not been shown
 
 
@@ -35,8 +37,14 @@ class SweepTable(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         self.started = time.time() - 1.0  # coarse file-system clocks
         folder = str(Path(config.hydra.sweep.dir).absolute())
+        write_json(Path(folder) / PLAN, planned_jobs(config))
+        print(f"sweep folder: {folder} (the same command continues there)", flush=True)
         _open_sweeps.add(folder)
         atexit.register(_finish, folder, self.started, self.published)
+
+    def on_job_start(self, config: DictConfig, **kwargs) -> None:
+        if config.hydra.mode.name == "MULTIRUN":
+            print(job_heading(config), flush=True)
 
     def on_job_end(self, config: DictConfig, job_return, **kwargs) -> None:
         if config.hydra.mode.name != "MULTIRUN" or job_return.status is None or job_return.status.name != "FAILED":
@@ -47,6 +55,32 @@ class SweepTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         _finish(str(Path(config.hydra.sweep.dir).absolute()), self.started, self.published)
+
+
+def planned_jobs(config: DictConfig) -> dict:
+    """{jobs: how many, or None where only the sweeper knows; swept: the keys that take several values}."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
+
+    given = [str(text) for text in config.hydra.overrides.task]
+    given += [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    swept = [o for o in OverridesParser.create().parse_overrides(given) if o.is_sweep_override()]
+    keys = [split_override(str(override.input_line))[0] for override in swept]
+    if config.hydra.sweeper.get("n_trials"):
+        return {"jobs": int(config.hydra.sweeper.n_trials), "swept": keys}
+    if any(isinstance(override.value(), Glob) for override in swept):
+        return {"jobs": None, "swept": keys}
+    return {"jobs": math.prod(sum(1 for _ in override.sweep_iterator()) for override in swept), "swept": keys}
+
+
+def job_heading(config: DictConfig) -> str:
+    """`[3 of 8] lr=0.001, seed=0`, said before a job of a sweep begins."""
+    path = Path(config.hydra.sweep.dir) / PLAN
+    plan = read_json(path) if path.is_file() else {"jobs": None, "swept": []}
+    own = dict(split_override(str(text)) for text in config.hydra.overrides.task)
+    values = ", ".join(f"{key.rpartition('.')[2]}={own[key]}" for key in plan["swept"] if key in own)
+    of = f" of {plan['jobs']}" if plan["jobs"] else ""
+    return f"[{int(config.hydra.job.num) + 1}{of}] {values}".rstrip()
 
 
 def _finish(folder: str, started: float, published: Mapping[str, float]) -> None:
@@ -65,7 +99,7 @@ def read_jobs(folder, since: float = 0.0) -> list[dict]:
         run = path.parent.parent
         if path.stat().st_mtime < since:
             continue
-        overrides = dict(split_override(text) for text in OmegaConf.to_container(OmegaConf.load(path)))
+        overrides = dict(split_override(str(text)) for text in OmegaConf.load(path))
         result, error = report.read_result(run), None
         if (run / ERROR).is_file() and (run / ERROR).stat().st_mtime >= since:
             failure = read_json(run / ERROR)
@@ -149,7 +183,7 @@ def summarise(folder, jobs: Sequence[Mapping], published: Mapping[str, float] | 
 
 def _shown(rows: Sequence[Mapping]) -> list[dict]:
     """The rows as a terminal can hold them: no error texts, no second copy of the objective, four metrics at most, and
-    of a swept key its last word where that is enough."""
+    of a swept key its last word where that is enough. The smallest objective of several is marked as the best."""
     same = _metric_name(rows)
     metrics = [name for name in report.columns_of(rows) if "/" in name]
     hidden = {"error", *([] if same in (None, "objective") else ["objective"]), *metrics[4:]} - {same}
@@ -157,7 +191,13 @@ def _shown(rows: Sequence[Mapping]) -> list[dict]:
     short = {key: key.partition("@")[0] if "@" in key else key.rpartition(".")[2] for key in columns if "/" not in key}
     used = list(short.values())
     names = {key: short[key] if key in short and used.count(short[key]) == 1 else key for key in columns}
-    return [{names[key]: value for key, value in row.items() if key not in hidden} for row in rows]
+    shown = [{names[key]: value for key, value in row.items() if key not in hidden} for row in rows]
+    objectives = [row["objective"] for row in rows if row.get("objective") is not None]
+    if len(objectives) > 1:
+        shown = [
+            {**line, "best": "*" if row.get("objective") == min(objectives) else ""} for row, line in zip(rows, shown)
+        ]
+    return shown
 
 
 def plot(rows: Sequence[Mapping], keys: Sequence[str], path) -> bool:
