@@ -7,6 +7,7 @@ then renamed over the old one. When the disk is full the old file is untouched.
 import errno
 import hashlib
 import json
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 from common.errors import UserError
 
 CHECKSUM_SUFFIX = ".sha256"
+NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 
 _REASONS = {
@@ -91,8 +93,32 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
-    """Replaces `path` by `obj` as indented JSON atomically. Raises TypeError for what JSON cannot hold."""
-    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+    """Replaces `path` by `obj` as indented JSON atomically. Raises TypeError for what JSON cannot hold.
+
+    JSON has no infinity: numbers that are not finite are written as the words of `NOT_FINITE`, for `with_numbers`.
+    """
+    write_text(path, json.dumps(_with_words(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _with_words(obj: Any) -> Any:
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return "NaN" if math.isnan(obj) else "Infinity" if obj > 0 else "-Infinity"
+    if isinstance(obj, dict):
+        return {key: _with_words(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_with_words(value) for value in obj]
+    return obj
+
+
+def with_numbers(obj: Any) -> Any:
+    """What `read_json` gave, the words for infinities and NaN turned back into numbers."""
+    if isinstance(obj, str):
+        return NOT_FINITE.get(obj, obj)
+    if isinstance(obj, dict):
+        return {key: with_numbers(value) for key, value in obj.items()}
+    if isinstance(obj, list):
+        return [with_numbers(value) for value in obj]
+    return obj
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -354,7 +354,7 @@ def test_checkpoints_of_which_none_can_be_used_are_not_started_over(tmp_path):
     fit.fit_task(composed(folder, "edm", "trainer.max_steps=4"))
     (bad,) = checkpoint.list_checkpoints(folder / "checkpoints")
     truncate(bad)
-    with pytest.raises(UserError, match="none that can be used.*resume=never"):
+    with pytest.raises(UserError, match=r"none that can be used.*resume=never"):
         fit.fit_task(composed(folder, "edm", "trainer.max_steps=4"))
     fit.fit_task(composed(folder, "edm", "trainer.max_steps=2", "resume=never"))
     assert [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")] == ["step-00000002.ckpt"]
@@ -399,8 +399,10 @@ def test_data_may_move_but_not_change(tmp_path, capsys):
         return place
 
     def words(root: Path, steps: int) -> tuple:
-        return (f"trainer.max_steps={steps}", "data=folder", f"data.root={root}", "data.source.resolution=8",
-                "data.source.channels=1", "data.num_workers=0", "data.batch_size=4", "evaluate.samplers={}")  # fmt: skip
+        return (
+            f"trainer.max_steps={steps}", "data=folder", f"data.root={root}", "data.source.resolution=8",
+            "data.source.channels=1", "data.num_workers=0", "data.batch_size=4", "evaluate.at_start=false",
+        )  # fmt: skip
 
     folder, one = tmp_path / "run", pictures(tmp_path / "one", 0)
     fit.fit_task(composed(folder, "edm", *words(one, 2)))

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import atomic, checksum_path, read_json, verify_checksum, write_checksum, write_json
+from common.files import (
+    atomic,
+    checksum_path,
+    read_json,
+    verify_checksum,
+    with_numbers,
+    write_checksum,
+    write_json,
+)  # fmt: skip
 from common.targets import EXPORT
 from common.weights.build import build
 from common.weights.load import load_into, load_tensors
@@ -167,7 +175,7 @@ def load(path_dir: str | Path, *, device: str = "cpu") -> Exported:
         raise UserError(f"{folder} is no finished export: {CONFIG} is missing. Run the experiment with task=export.")
     if verify_checksum(folder / CONFIG) is False:
         raise UserError(f"{folder / CONFIG} is damaged or was changed. Export again, or delete its .sha256.")
-    config = read_json(folder / CONFIG)
+    config = with_numbers(read_json(folder / CONFIG))
     if not isinstance(config, dict) or config.get("format") != FORMAT or "network" not in config:
         raise UserError(f"{folder / CONFIG} is not of the format {FORMAT}. Export again with this version.")
     tensors = load_tensors(folder)

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from common.errors import UserError, nearest, user_error
 from common.limits import RANGES
@@ -175,6 +175,7 @@ def launch(cfg: DictConfig):
     """Check the configuration, then run its verb. Returns the value a sweep optimises, or None."""
     from hydra.core.hydra_config import HydraConfig
 
+    conf = Path(__file__).resolve().parents[3] / "conf"
     if cfg.task not in VERBS:
         raise UserError(
             f"task={cfg.task} is not a verb. {nearest(str(cfg.task), VERBS)}Set task to one of: {', '.join(VERBS)}."
@@ -183,15 +184,29 @@ def launch(cfg: DictConfig):
         OmegaConf.update(cfg, "run.dir", HydraConfig.get().runtime.output_dir)
         choices = HydraConfig.get().runtime.choices
         OmegaConf.update(cfg, "run.experiment", str(choices.get("experiment") or "none").replace("/", "_"))
+        if choices.get("evaluate") == "none":
+            measure_nothing(cfg, conf)
     for key, folder in cfg.paths.items():
         OmegaConf.update(cfg, f"paths.{key}", places.expanded(folder, f"paths.{key}"))
     try:
-        return _launch(cfg)
+        return _launch(cfg, conf)
     finally:
         places.remove_empty(Path(cfg.run.dir), Path(cfg.paths.outputs))  # of a refused command, or a plan
 
 
-def _launch(cfg: DictConfig):
+def measure_nothing(cfg: DictConfig, conf: Path) -> None:
+    """`evaluate=none` switches measuring off, whatever keys of another evaluation an experiment sets: those go.
+
+    Which weights are shown and exported stays (`evaluate.average`).
+    """
+    average = OmegaConf.select(cfg, "evaluate.average")
+    section = OmegaConf.load(conf / "evaluate" / "none.yaml")
+    with open_dict(cfg):
+        cfg.evaluate = section
+        cfg.evaluate.average = section.average if average is None else average
+
+
+def _launch(cfg: DictConfig, conf: Path):
     if isinstance(cfg.speed.threads, int) and RANGES["speed.threads"].holds(cfg.speed.threads):
         os.environ["OMP_NUM_THREADS"] = str(cfg.speed.threads)  # before torch is imported, which the check does
     quiet()
@@ -199,7 +214,6 @@ def _launch(cfg: DictConfig):
     from common.runtime.cli.check import check, check_data
     from common.runtime.cli.explain import read_schema
 
-    conf = Path(__file__).resolve().parents[3] / "conf"
     check_data(cfg, conf)
     check(cfg, schema=open_sections(read_schema(conf)))
     move_targets(cfg)

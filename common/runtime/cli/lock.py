@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -37,3 +37,5 @@ def only_run(folder: Path) -> Iterator[None]:
         finally:
             if os.listdir(folder) == [".running"]:  # refused before anything was written: leave no folder
                 (folder / ".running").unlink(missing_ok=True)
+                with suppress(OSError):
+                    folder.rmdir()

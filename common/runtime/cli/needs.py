@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from common.errors import UserError
 from common.files import read_json, verify_checksum
 
@@ -24,30 +26,54 @@ def override(key: str, value) -> str:
     return f"{key}='{text}'"
 
 
-def is_usable(folder: Path) -> bool:
-    """True when the run in `folder` finished and its exported weights are intact."""
-    return (folder / "result.json").is_file() and verify_checksum(folder / "export" / "model.safetensors") is True
+def is_usable(folder: Path, steps: int | None = None) -> bool:
+    """True when the run in `folder` finished and its exported weights are intact.
+
+    steps  optimiser steps it must have trained, None for any number: a shortened run stands in for no whole one
+    """
+    result = folder / "result.json"
+    if not result.is_file() or verify_checksum(folder / "export" / "model.safetensors") is not True:
+        return False
+    return steps is None or (read_json(result).get("step") or 0) >= steps
+
+
+def wanted_steps(need: dict) -> int | None:
+    """Steps of the needed run: of its overrides, else of its experiment's file; None where that names no number."""
+    for text in need.get("overrides") or []:
+        key, _, value = str(text).partition("=")
+        if key == "trainer.max_steps" and value.isdigit():
+            return int(value)
+    path = REPO / "conf" / "experiment" / f"{need['experiment']}.yaml"
+    steps = OmegaConf.select(OmegaConf.load(path), "trainer.max_steps") if path.is_file() else None
+    return steps if isinstance(steps, int) else None
 
 
 def ensure(name: str, need: dict, *, seed: int, paths: dict, say=print) -> dict:
     """The result record of the needed run, training it in a process of its own first when there is none.
 
     need   {experiment: slug, dir: run folder, overrides: [key=value, ...]}
-    Two runs that need the same one wait for each other (a lock file in the folder).
+    Two runs that need the same one wait for each other (a lock file in the folder). A run that finished with fewer
+    steps than wanted goes on to them.
     Raises UserError when the needed run fails; what it printed stands above.
     """
     unknown = set(need) - {"experiment", "dir", "overrides"}
     if unknown or "experiment" not in need or "dir" not in need:
         raise UserError(f"needs.{name} must hold experiment and dir (and may hold overrides), got {sorted(need)}.")
-    folder = Path(need["dir"])
-    if is_usable(folder):
+    folder, steps = Path(need["dir"]), wanted_steps(need)
+    if is_usable(folder, steps):
         say(f"[{name}] using the finished {need['experiment']} run in {folder}")
         return read_json(folder / "result.json")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not is_usable(folder):
-            say(f"[{name}] no usable {need['experiment']} run in {folder}: training it first", flush=True)
+        if not is_usable(folder, steps):
+            length = f" for {steps:,} steps" if steps else ""
+            say(
+                f"[{name}] no finished {need['experiment']} run in {folder}: training it first{length}. "
+                f"For a quick try of this experiment: needs.{name}.dir=<another folder> "
+                f"\"needs.{name}.overrides=['trainer.max_steps=20']\"",
+                flush=True,
+            )
             command = [
                 sys.executable,
                 "-m",
@@ -59,7 +85,7 @@ def ensure(name: str, need: dict, *, seed: int, paths: dict, say=print) -> dict:
                 *need.get("overrides", []),
             ]
             code = _run(command)
-            if code or not is_usable(folder):
+            if code or not is_usable(folder, steps):
                 error = UserError(f"The run needed first ({name}: {need['experiment']}) did not finish; see above.")
                 error.exit_code = code or 1
                 raise error

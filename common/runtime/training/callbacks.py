@@ -88,6 +88,7 @@ class Progress(Callback):
         self.every_n_steps = every_n_steps
         self.every_seconds = every_seconds
         self.latest: dict[str, float] = {}  # what an evaluation wants shown beside the loss
+        self._loss: Tensor | None = None  # of the optimiser step under way; Lightning's outputs are parts that add up
         self._bar: Any = None
         self._task: Any = None
         self._started = self._shown = 0.0  # times of the start and of the last line
@@ -122,9 +123,13 @@ class Progress(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         step, now = trainer.global_step, time.perf_counter()
+        part = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if part is not None:
+            self._loss = part.detach() if self._loss is None else self._loss + part.detach()
         if not trainer.is_global_zero or step == self._last:  # a micro-batch of a step under way
             return
         self._last = step
+        loss, self._loss = self._loss, None
         waited = now - self._shown
         if self._bar is not None:
             due = waited >= BAR_SECONDS
@@ -133,7 +138,7 @@ class Progress(Callback):
         if not due and step != trainer.max_steps:
             return
         self._shown = now
-        text = self._text(trainer, outputs, unit_of(pl_module))
+        text = self._text(trainer, loss, unit_of(pl_module))
         if self._bar is not None:
             self._bar.update(self._task, completed=step, values=text)
         else:
@@ -147,8 +152,7 @@ class Progress(Callback):
         left = elapsed * (steps - step) / max(step - self._first, 1)
         return f"{clock(elapsed)} elapsed, {clock(left)} left"
 
-    def _text(self, trainer: Any, outputs, unit: str) -> str:
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+    def _text(self, trainer: Any, loss: Tensor | None, unit: str) -> str:
         parts = [f"loss {float(loss):.4g}"] if loss is not None else []
         speed = next((c.images_per_s for c in trainer.callbacks if isinstance(c, Throughput)), float("nan"))
         if speed == speed:

@@ -21,7 +21,8 @@ class WeightAverages(Callback):
               null takes an inherited entry away
     every     update every k optimiser steps with the decay of k steps' worth of images
 
-    Memory: one float copy of the parameters per profile, but for those under the module's `unaveraged` prefixes.
+    Memory: one copy of the parameters per profile, but for those under the module's `unaveraged` prefixes. Averages of
+    16-bit parameters are kept in float32: a decay of 0.9999 moves a bfloat16 number by less than its last digit.
     Buffers are not averaged: evaluation uses the current ones.
     Saved in the checkpoint under "averages" as plain tensors.
     """
@@ -47,9 +48,9 @@ class WeightAverages(Callback):
         restored = self._pending or {}
         for profile in self.profiles:
             if profile in restored:
-                self.averages[profile] = {n: t.to(named[n].device) for n, t in restored[profile].items()}
+                self.averages[profile] = {n: _wide(t).to(named[n].device) for n, t in restored[profile].items()}
             else:
-                self.averages[profile] = {n: p.detach().clone() for n, p in named.items()}
+                self.averages[profile] = {n: _wide(p.detach()).clone() for n, p in named.items()}
         self._pending = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,13 +66,18 @@ class WeightAverages(Callback):
         for profile, decay in self.profiles.items():
             average = self.averages[profile]
             beta = decay.decay(step=step, batch_size=batch_size, images_seen=step * pl_module.context.samples_per_step)
-            update_(list(average.values()), [named[name].detach() for name in average], beta)
+            update_(list(average.values()), [_wide(named[name].detach()) for name in average], beta)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         checkpoint["averages"] = {profile: dict(tensors) for profile, tensors in self.averages.items()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         self._pending = checkpoint.get("averages", {})
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least; the tensor itself when it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
 
 
 @contextmanager

@@ -4,11 +4,24 @@ import csv
 import os
 from pathlib import Path
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from common.files import atomic, write_error
+
+
+class StepNumber(Callback):
+    """Numbers logged rows by the optimiser steps done, as the screen and file names do; Lightning would count from 0.
+
+    Lightning takes a logged value called "step" as the number of the row, for every logger.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            # a float64 tensor: a number would become float32, or bfloat16 with its 8 digits
+            pl_module.log("step", torch.tensor(float(trainer.global_step), dtype=torch.float64))
 
 
 def log_step(trainer: Trainer) -> None:
@@ -19,11 +32,11 @@ def log_step(trainer: Trainer) -> None:
     if trainer.global_step % trainer.log_every_n_steps == 0:
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
-                logger.log_metrics(trainer.logged_metrics, step=trainer.global_step - 1)
+                logger.log_metrics(trainer.logged_metrics, step=trainer.global_step)
 
 
 class MetricsCSV(Logger):
-    """Writes `path` with a `step` column and one column per metric; empty where a metric was not logged.
+    """Writes `path` with a `step` column (optimiser steps done) and one column per metric; empty where not logged.
 
     Lightning's CSVLogger starts the file anew when a run resumes; here a killed and continued run leaves the same file
     as an uninterrupted one: rows after the checkpoint are dropped before training goes on.
@@ -55,9 +68,9 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def start_at(self, step: int) -> None:
-        """Keep rows of steps below `step`, drop the rest: the resumed run logs those again."""
+        """Keep rows up to `step`, drop the rest: the resumed run logs those again."""
         self._load()
-        self._rows = {s: row for s, row in self._rows.items() if s < step}
+        self._rows = {s: row for s, row in self._rows.items() if s <= step}
         if self.path.is_file():  # also mends a last line that a kill cut short
             self._rewrite()
 
@@ -65,7 +78,7 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: dict, step: int | None = None) -> None:
         self._load()
         step = int(step or 0)
-        values = {k: repr(float(v)) for k, v in metrics.items() if k != "epoch"}
+        values = {k: repr(float(v)) for k, v in metrics.items() if k not in ("epoch", "step")}
         if self._rows.get(step, {}).items() >= values.items():
             return  # nothing given, or all of it there already
         row = self._rows.setdefault(step, {})

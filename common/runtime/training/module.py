@@ -37,6 +37,7 @@ class ResearchModule(LightningModule):
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.context = RunContext()  # the runtime puts that of the run here
+        self._summed_step, self._sums = -1, {}  # of the values logged in an optimiser step: name -> (sum, count)
 
     @property
     def raw(self) -> nn.Module:
@@ -64,10 +65,23 @@ class ResearchModule(LightningModule):
         )
 
     def log(self, name, value, **options) -> None:
-        """Lightning's `log`, tensors averaged over the processes; nothing outside a trainer (planning, notebooks)."""
+        """Lightning's `log`, tensors averaged over the processes; nothing outside a trainer (planning, notebooks).
+
+        What `training_step` logs is the mean over the micro-batches of the optimiser step under way.
+        """
         if self._trainer is not None:
+            if self._current_fx_name == "training_step" and self.trainer.accumulate_grad_batches > 1:
+                value = self._mean_of_step(name, value)
             sync = torch.is_tensor(value) and self.trainer.world_size > 1
             super().log(name, value, **{"sync_dist": sync, **options})
+
+    def _mean_of_step(self, name: str, value):
+        if self._summed_step != self.trainer.global_step:
+            self._summed_step, self._sums = self.trainer.global_step, {}
+        total, count = self._sums.get(name, (0, 0))
+        total = total + (value.detach() if torch.is_tensor(value) else value)
+        self._sums[name] = (total, count + 1)
+        return total / (count + 1)
 
     def parameter_groups(self) -> list:
         """What the optimiser is given: the trainable parameters, or groups of them with options of their own."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.runtime.training.checkpoint import latest_complete, read_checkpoint
+from common.runtime.training.checkpoint import latest_complete, list_checkpoints, read_checkpoint, step_of
 from common.runtime.training.ema import choose_average
 from common.weights.load import LoadReport, load_into, load_tensors, stored_step
 
@@ -60,6 +60,15 @@ def initialise(net: nn.Module, path: Path, average: str | None = None) -> LoadRe
     return load_into(net, tensors, name=str(path))
 
 
+def trained_runs(run_dir: Path, most: int = 4) -> str:
+    """A sentence that names the trained runs beside `run_dir`, the newest first; empty without any."""
+    files = [list_checkpoints(folder) for folder in run_dir.parent.glob("*/checkpoints")]
+    newest = sorted((found[0] for found in files if found), key=lambda path: path.stat().st_mtime, reverse=True)
+    names = [f"run.dir={path.parent.parent} (step {step_of(path)})" for path in newest[:most]]
+    more = f" and {len(newest) - most} more" if len(newest) > most else ""
+    return f"Trained runs of this experiment: {', '.join(names)}{more}. " if names else ""
+
+
 def trained_weights(module: nn.Module, run_dir: Path, *, resume: str, init_file: str | None, average: str) -> dict:
     """Put the weights to be tested, sampled or exported into `module`: returns {file, step, average}.
 
@@ -72,8 +81,8 @@ def trained_weights(module: nn.Module, run_dir: Path, *, resume: str, init_file:
         init = find_init(init_file, None)
         if init is None:
             raise UserError(
-                f"No trained weights in {run_dir / 'checkpoints'}. Train first (the same command with task=fit), or "
-                f"give init.file=<model.safetensors | export folder | step-*.ckpt>."
+                f"No trained weights in {run_dir / 'checkpoints'}. {trained_runs(run_dir)}Train first (the same "
+                f"command with task=fit), or give init.file=<model.safetensors | export folder | step-*.ckpt>."
             )
         initialise(module.net, init, None if init.suffix != ".ckpt" else average)
         return {"file": str(init), "step": 0, "average": "file"}

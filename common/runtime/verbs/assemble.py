@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from common.errors import UserError, user_error
+from common.errors import UserError, nearest, user_error
 from common.runtime.training.checkpoint import list_checkpoints
 from common.runtime.training.context import RunContext
 from common.runtime.training.module import ResearchModule
@@ -19,6 +19,8 @@ from common.runtime.training.speed import apply_speed, apply_tf32
 from common.runtime.training.weights import find_init
 from common.runtime.verbs.evaluate import Evaluation, SplitEvaluation
 from common.runtime.verbs.plan import make_plan, micro_batch, world_size
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 
 
 @dataclass
@@ -45,6 +47,11 @@ def instantiate(node, **options):
 def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
     """Build what a verb needs, cheapest refusal first: batch size, data files, then the network."""
     plain = OmegaConf.to_container(cfg, resolve=True)
+    if str(cfg.trainer.precision) not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision={cfg.trainer.precision} is not known. {nearest(str(cfg.trainer.precision), PRECISIONS)}"
+            f"Set it to one of: {', '.join(PRECISIONS)}."
+        )
     if training:
         micro_batch(cfg.data.batch_size, world_size(cfg), cfg.trainer.accumulate_grad_batches)
     data = instantiate(cfg.data)

@@ -307,7 +307,7 @@ def log_now(trainer: Trainer, values: dict[str, float]) -> None:
     """Hand values to every logger at the current optimiser step, whatever `log_every_n_steps` says."""
     if trainer.is_global_zero:
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=max(trainer.global_step - 1, 0))
+            logger.log_metrics(values, step=trainer.global_step)
 
 
 def _key(metric: str) -> str:

@@ -1,5 +1,6 @@
 """`task=fit`: needs, refusals, restart, training, evaluation, export, tables."""
 
+import re
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +19,7 @@ from common.runtime.training.callbacks import Progress
 from common.runtime.training.checkpoint import SafeCheckpointIO
 from common.runtime.training.ema import WeightAverages, averaged, choose_average
 from common.runtime.training.figures import plot_curves
-from common.runtime.training.logger import MetricsCSV
+from common.runtime.training.logger import MetricsCSV, StepNumber
 from common.runtime.training.weights import find_init, initialise
 from common.runtime.verbs.assemble import Assembled, assemble, instantiate, task_overrides
 from common.runtime.verbs.evaluate import EvaluationCurve
@@ -41,9 +42,9 @@ def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
         choose_average(dict.fromkeys(averages.profiles), wanted)  # refuse now, not after the last step
     callbacks = {name: instantiate(node) for name, node in (cfg.callbacks or {}).items() if node is not None}
     progress = next((c for c in callbacks.values() if isinstance(c, Progress)), None)
-    ordered = [averages, *callbacks.values()]
+    ordered = [averages, StepNumber(), *callbacks.values()]
     if run.evaluation:
-        ordered.insert(1, EvaluationCurve(run.evaluation, run.data, averages, progress))
+        ordered.insert(2, EvaluationCurve(run.evaluation, run.data, averages, progress))
     table = MetricsCSV(path=str(run.folder / "metrics.csv"))
     table.start_at(step)
     loggers = [table, *(build_logger(node, run.folder, step) for node in (cfg.logger or {}).values() if node)]
@@ -126,11 +127,28 @@ def train(run: Assembled, needed: dict, overrides: list[str]) -> float | None:
         if isinstance(leaving.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from leaving
         raise
+    except RuntimeError as error:
+        refusal = precision_error(error, str(cfg.trainer.precision))
+        if refusal is None:
+            raise
+        raise refusal from error
     finally:
         with suppress(UserError):  # a full disk has been reported by then
             if trainer.is_global_zero:
                 write_json(run.folder / "seconds.json", {"training": before + time.perf_counter() - started})
     return finish(run, trainer, averages, needed, overrides, started, before)
+
+
+def precision_error(error: RuntimeError, precision: str) -> UserError | None:
+    """The refusal for torch's complaint that two number formats met, which a network all in one format can raise."""
+    if precision not in ("bf16-true", "64-true") or not re.search(r"dtype|same type|BFloat16|Double", str(error)):
+        return None
+    reason = " ".join(str(error).split())[:160]
+    mixed = "bf16-mixed" if precision == "bf16-true" else "32-true"
+    return UserError(
+        f"trainer.precision={precision} does not work with this experiment, parts of which compute in float32 "
+        f"({reason}). Set trainer.precision={mixed}."
+    )
 
 
 def finish(
@@ -154,7 +172,7 @@ def finish(
     values = {name: record.value for name, record in metrics.items()}
     for logger in trainer.loggers:
         if values:
-            logger.log_metrics(values, step=max(trainer.global_step - 1, 0))
+            logger.log_metrics(values, step=trainer.global_step)
         logger.save()
     objective = next(iter(values.values()), _last_loss(trainer))
     for callback in trainer.callbacks:  # what was seen on the way: `results`, name -> number

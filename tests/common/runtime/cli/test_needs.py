@@ -22,7 +22,7 @@ def finish(folder, value: float = 1.0) -> None:
     (folder / "export").mkdir(parents=True, exist_ok=True)
     (folder / "export/model.safetensors").write_bytes(b"weights")
     write_checksum(folder / "export/model.safetensors")
-    write_json(folder / "result.json", {"objective": value})
+    write_json(folder / "result.json", {"objective": value, "step": 2})
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_trained_when_missing_and_used_afterwards(need, commands, tmp_path):
     said = []
     say = lambda text, **_: said.append(text)
     result = ensure("teacher", need, seed=3, paths={"outputs": tmp_path}, say=say)
-    assert result == {"objective": 1.0} and len(commands) == 1
+    assert result == {"objective": 1.0, "step": 2} and len(commands) == 1
     command = commands[0]
     assert command[1:5] == ["-m", "projects.run", "+experiment=edm_tiny", "seed=3"]
     assert f"run.dir='{tmp_path}/teacher'" in command and command[-1] == "trainer.max_steps=2"
@@ -69,6 +69,18 @@ def test_a_run_that_is_not_whole_is_made_again(damage, need, commands, tmp_path)
     assert not is_usable(tmp_path / "teacher")
     ensure("teacher", need, seed=0, paths={})
     assert len(commands) == 1
+
+
+def test_a_shortened_run_does_not_stand_in_for_a_whole_one(need, commands, tmp_path):
+    finish(tmp_path / "teacher")
+    said = []
+    whole = {key: value for key, value in need.items() if key != "overrides"}
+    with pytest.raises(UserError, match="did not finish"):  # the stand-in above trains 2 steps, whatever it is told
+        ensure("teacher", whole, seed=0, paths={}, say=lambda text, **_: said.append(text))
+    assert len(commands) == 1 and "training it first for 8,000 steps" in said[0]
+    assert "needs.teacher.overrides=['trainer.max_steps=20']" in said[0]
+    command = next(text for text in said[0].split('"') if text.startswith("needs.teacher.overrides="))
+    assert OverridesParser.create().parse_override(command).value() == ["trainer.max_steps=20"]
 
 
 @pytest.mark.parametrize(("code", "exit_code"), [(3, 3), (0, 1), (143, 143)])
@@ -101,7 +113,7 @@ def test_a_second_run_waits_and_uses_the_first_ones(need, commands, tmp_path):
     child = multiprocessing.get_context("fork").Process(target=first)
     child.start()
     assert held.wait(10)
-    assert ensure("teacher", need, seed=0, paths={}) == {"objective": 7.0}
+    assert ensure("teacher", need, seed=0, paths={}) == {"objective": 7.0, "step": 2}
     assert commands == []
     child.join()
 
@@ -131,7 +143,7 @@ def test_the_real_thing(composed, tmp_path, capfd):
 
     fit.fit_task(cfg("run"))
     out = capfd.readouterr().out
-    assert "no usable edm_tiny run" in out and "Initial weights:" in out
+    assert "no finished edm_tiny run" in out and "training it first for 2 steps" in out and "Initial weights:" in out
     assert is_usable(tmp_path / "edm_tiny/seed0")
     fit.fit_task(cfg("again"))
     assert "using the finished edm_tiny run" in capfd.readouterr().out

@@ -104,6 +104,18 @@ def test_slow_steps_give_lines_by_the_clock_and_micro_batches_none(capsys, clock
     assert "0:36 elapsed, 14:24 left" in lines[0]
 
 
+def test_the_loss_of_an_accumulated_step_is_its_mean_printed_once(capsys):
+    """Lightning's outputs are the losses divided by the number of micro-batches."""
+    progress = Progress(every_n_steps=1)
+    trainer = Trainer(progress)
+    progress.on_train_start(trainer, None)
+    for micro, loss in enumerate((1.0, 3.0, 5.0, 7.0)):
+        trainer.global_step = (micro + 1) // 2
+        progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(loss / 2)}, None, micro)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1:4:2] for line in lines] == [["1/6", "2"], ["2/6", "6"]]
+
+
 def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(callbacks.sys.stdout, "isatty", lambda: True, raising=False)
     progress = Progress()

@@ -1,5 +1,7 @@
 """Several averages at once, each its closed form; one chosen at test time."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 from common.diffusion.ema import ConstantDecay, HalfLife, PowerFunction, gamma_of_std
 from common.errors import UserError
 from common.runtime.training.checkpoint import list_checkpoints
+from common.runtime.training.context import RunContext
 from common.runtime.training.ema import WeightAverages, averaged, choose_average
 from common.runtime.verbs import fit
 from common.runtime.verbs.export import export_task
@@ -49,6 +52,24 @@ def test_each_average_is_its_formula(composed, tmp_path, with_callbacks):
             average = decay(n) * average + (1 - decay(n)) * weights[n]
         torch.testing.assert_close(stored[name][NAME].double(), average, rtol=1e-5, atol=1e-6)
     assert not torch.equal(stored["ema"][NAME], stored["power"][NAME])
+
+
+def test_averages_of_16_bit_weights_are_kept_in_32_bits():
+    """decay 0.999 from 1 towards 2: 1 + 1 - 0.999^100; in bfloat16, steps of 1/128 around 1, it would stay at 1."""
+    module = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    module.context = RunContext(samples_per_step=1)
+    averages = WeightAverages(profiles={"ema": ConstantDecay(decay=0.999)})
+    trainer = SimpleNamespace(global_step=0)
+    with torch.no_grad():
+        module.weight.fill_(1.0)
+        averages.on_fit_start(trainer, module)
+        module.weight.fill_(2.0)
+    for trainer.global_step in range(1, 101):
+        averages.on_train_batch_end(trainer, module, None, None, 0)
+    average = averages.averages["ema"]["weight"]
+    assert average.dtype == torch.float32 and float(average) == pytest.approx(2 - 0.999**100, rel=1e-5)
+    with averaged(module, averages.averages["ema"]):
+        assert module.weight.dtype == torch.bfloat16
 
 
 def test_every_k_steps_uses_k_steps_of_images(composed, tmp_path, with_callbacks):

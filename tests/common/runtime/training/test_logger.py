@@ -58,9 +58,9 @@ def test_resuming_cuts_back_to_the_checkpoint(path):
         file.write("6,")  # the line a kill cut short
     again = MetricsCSV(path=str(path))
     again.start_at(4)
-    assert [row["step"] for row in rows(path)] == ["0", "1", "2", "3"]
-    again.log_metrics({"a": 40.0}, step=4)
-    assert [row["a"] for row in rows(path)] == ["0.0", "1.0", "2.0", "3.0", "40.0"]
+    assert [row["step"] for row in rows(path)] == ["0", "1", "2", "3", "4"]
+    again.log_metrics({"a": 50.0, "step": 5.0}, step=5)
+    assert [row["a"] for row in rows(path)] == ["0.0", "1.0", "2.0", "3.0", "4.0", "50.0"]
 
 
 def test_a_line_cut_inside_its_step_number_is_dropped(path):

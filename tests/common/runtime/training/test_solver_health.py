@@ -42,7 +42,7 @@ def test_logged_at_the_interval_and_drawn_at_the_end(toy_config, tmp_path, with_
         "project.net.deq.solver.tol=1.0e-5", "project.net.deq.eval_factor=0.04", "evaluate.spectral_radius=true",
     ))  # fmt: skip
     logged = [row for row in rows(folder) if row["train/nfe"]]
-    assert [row["step"] for row in logged] == ["2", "5"]
+    assert [row["step"] for row in logged] == ["3", "6"]
     for row, (nfe, residual, _) in zip(logged, (watch.seen[2], watch.seen[5]), strict=True):
         assert float(row["train/nfe"]) == pytest.approx(float(nfe)) and nfe > 3
         assert float(row["train/residual"]) == pytest.approx(float(residual)) and float(row["train/converged"]) == 1.0

@@ -94,7 +94,7 @@ def test_the_newest_checkpoint_of_a_run_else_the_init_file(checkpoint, file, tmp
     weights = file(network(seed=5))
     source = trained_weights(module, tmp_path / "other", resume="auto", init_file=str(weights), average="ema")
     assert source == {"file": str(weights), "step": 0, "average": "file"} and same(module.net, network(seed=5))
-    with pytest.raises(UserError, match=r"No trained weights in .*other/checkpoints"):
+    with pytest.raises(UserError, match=r"No trained weights in .*other/checkpoints. Trained runs.*run \(step 7\)\."):
         trained_weights(module, tmp_path / "other", resume="auto", **options)
 
 

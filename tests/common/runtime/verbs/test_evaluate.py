@@ -96,10 +96,10 @@ def test_the_curve_is_logged_between_and_measures_the_average(composed, tmp_path
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     curve = {int(row["step"]): row["val/fd_pixels_one_step"] for row in rows if row["val/fd_pixels_one_step"]}
-    assert sorted(curve) == [1, 3], "after steps 2 and 4; the last one is measured with all images"
-    assert curve[1] == curve[3], "an average of decay 1 stays where it was"
+    assert sorted(curve) == [2, 4], "the last step is measured with all images"
+    assert curve[2] == curve[4], "an average of decay 1 stays where it was"
     final = [row for row in rows if row["test/fd_pixels_one_step"]]
-    assert [row["step"] for row in final] == ["5"] and final[0]["test/fd_pixels_floor"]
+    assert [row["step"] for row in final] == ["6"] and final[0]["test/fd_pixels_floor"]
 
 
 def test_task_test_prints_ours_beside_the_published(trained, composed, tmp_path, capsys):
