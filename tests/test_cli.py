@@ -89,6 +89,11 @@ MISTAKES = {
     "decay above 1": ([TINY, "ema.profiles.ema.decay=2"], "ema.profiles.ema", "decay must be >= 0 and <= 1, got 2"),
     "unknown average": ([TINY, "evaluate.average=emma"], "'emma'", "Closest: ema"),
     "an average taken away": ([TINY, *QUICK, "ema=none"], "ema.profiles.ema is no average", "ema.profiles.ema=null"),
+    "unknown precision": (
+        [TINY, *QUICK, "trainer.precision=bf16"],
+        "trainer.precision=bf16 is not known",
+        "bf16-mixed",
+    ),
     "negative steps": ([TINY, *QUICK, "trainer.max_steps=-5"], "trainer", "max_steps", "-5"),
     "nothing trained": ([TINY, "task=sample"], "No trained weights in", "task=fit", "init.file="),
     "nothing to measure": ([TINY, "task=test", "evaluate=none"], "Nothing to measure"),
@@ -239,6 +244,26 @@ def test_a_run_folder_explains_itself(cli, tmp_path):
     # the same command again: nothing is left to train, nothing breaks
     code, out, err = cli(*words)
     assert code == 0 and "finished: edm_tiny has trained 3 of 3 steps" in out, err
+
+
+def test_measuring_is_switched_off_where_an_experiment_sets_keys_of_another_evaluation(cli, tmp_path):
+    """hamburger_tiny sets evaluate.curve_split, which conf/evaluate/none.yaml does not have."""
+    code, out, err = cli("+experiment=hamburger_tiny", "evaluate=none", "task=plan")
+    assert code == 0 and "plan of hamburger_tiny" in out, err
+    refused(cli("+experiment=hamburger_tiny", "evaluate=none", "task=test"), "Nothing to measure")
+
+
+def test_places_are_checked_before_any_folder_is_made(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    refused(cli(TINY, *QUICK, "paths.outputs="), "paths.outputs is empty")
+    refused(cli(TINY, *QUICK, "paths.data="), "paths.data is empty")
+    refused(cli(TINY, *QUICK, "run.name=../../x"), "run.name=../../x leads out of paths.outputs")
+    refused(cli(TINY, *QUICK, "data.batch_size=0"), "data.batch_size must be >= 1")
+    refused(cli(TINY, "task=sample"), "No trained weights in")
+    assert [p for p in tmp_path.rglob("*") if "cache" not in p.parts] == [], "refused commands leave no folders"
+    assert cli(TINY, *QUICK, "trainer.max_steps=1", 'paths.outputs="~/runs"')[0] == 0
+    assert (tmp_path / "home/runs/edm_tiny/seed0/result.json").is_file() and not (tmp_path / "~").exists()
 
 
 def test_the_run_name_tells_settings_apart(monkeypatch):

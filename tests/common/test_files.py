@@ -1,5 +1,7 @@
 import errno
 import hashlib
+import json
+import math
 import os
 
 import pytest
@@ -85,6 +87,26 @@ def test_checksums(tmp_path):
     assert files.verify_checksum(path) is False
     files.checksum_path(path).write_text("")
     assert files.verify_checksum(path) is False
+
+
+def test_infinities_are_words_in_json_and_numbers_again(tmp_path):
+    """Python's own `Infinity` is no JSON: other readers refuse the whole file."""
+    tree = {"s_max": math.inf, "low": [-math.inf, 1.5, (2, math.inf)], "word": "Inf", "n": None}
+    files.write_json(tmp_path / "a.json", tree)
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    stored = json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
+    assert stored["s_max"] == "Infinity" and stored["low"] == ["-Infinity", 1.5, [2, "Infinity"]]
+    assert files.with_numbers(stored) == {
+        "s_max": math.inf,
+        "low": [-math.inf, 1.5, [2, math.inf]],
+        "word": "Inf",
+        "n": None,
+    }
+    files.write_json(tmp_path / "a.json", math.nan)
+    assert math.isnan(files.with_numbers(files.read_json(tmp_path / "a.json")))
 
 
 def test_json_round_trip_and_bad_json(tmp_path):

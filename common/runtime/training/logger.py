@@ -68,9 +68,9 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def start_at(self, step: int) -> None:
-        """Keep rows up to `step`, drop the rest: the resumed run logs those again."""
+        """Keep rows up to `step`, drop the rest: the resumed run logs those again. 0 drops all."""
         self._load()
-        self._rows = {s: row for s, row in self._rows.items() if s <= step}
+        self._rows = {s: row for s, row in self._rows.items() if s <= step and step}
         if self.path.is_file():  # also mends a last line that a kill cut short
             self._rewrite()
 

@@ -57,7 +57,7 @@ def build_logger(node: DictConfig, folder: Path, step: int) -> Logger:
     if node._target_ == WANDB and not node.get("id"):
         return instantiate(node, id=run_facts(folder).get("id"), resume="allow")
     if node._target_ == TENSORBOARD and step:
-        return instantiate(node, purge_step=step)  # event files are only appended to: readers then skip later steps
+        return instantiate(node, purge_step=step + 1)  # event files are only appended to: readers then skip later steps
     return instantiate(node)
 
 

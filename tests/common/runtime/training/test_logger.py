@@ -6,9 +6,11 @@ import errno
 import math
 
 import pytest
+from lightning.pytorch import Callback
 
 from common.errors import UserError
 from common.runtime.training.logger import MetricsCSV
+from common.runtime.verbs import fit
 
 
 def rows(path) -> list[dict]:
@@ -91,3 +93,27 @@ def test_a_full_disk_is_one_sentence(path, monkeypatch):
         logger.log_metrics({"a": 2.0}, step=1)
     monkeypatch.undo()
     assert [row["a"] for row in rows(path)] == ["1.0"]
+
+
+class Losses(Callback):
+    """Loss of every micro-batch by optimiser step; Lightning hands it over divided by their number."""
+
+    def __init__(self, parts: int):
+        self.parts, self.seen = parts, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.seen.append(float(outputs["loss"]) * self.parts)
+
+
+def test_rows_count_optimiser_steps_and_hold_the_mean_of_their_micro_batches(composed, tmp_path, with_callbacks):
+    watch = Losses(parts=4)
+    with_callbacks(watch)
+    fit.fit_task(composed(
+        tmp_path / "run", "trainer.max_steps=3", "trainer.accumulate_grad_batches=4",
+        "callbacks.checkpoints.every_n_steps=2",
+    ))  # fmt: skip
+    logged = rows(tmp_path / "run/metrics.csv")
+    assert [row["step"] for row in logged] == ["1", "2", "3"], "as on screen and in the names of checkpoints"
+    means = [sum(watch.seen[first : first + 4]) / 4 for first in (0, 4, 8)]
+    assert [float(row["train/loss"]) for row in logged] == pytest.approx(means, rel=1e-5)
+    assert max(means) - min(means) < max(watch.seen) - min(watch.seen)
