@@ -83,3 +83,18 @@ def test_tensorboard_and_wandb_offline_in_a_real_run(run, tmp_path):
     with open(tmp_path / "run/metrics.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 3
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_where_it_was_killed(run, tmp_path):
+    """The same command again: the finished job is left as it is, the other one trained."""
+    words = ("project.optimizer.lr=1e-3,1e-4", "-m")
+    run(*words)
+    (folder,) = (tmp_path / "outputs/multirun/edm_tiny").iterdir()
+    finished = (folder / "0/result.json").read_bytes()
+    (folder / "1/result.json").unlink()
+    out, _ = run(*words)
+    assert "[1 of 2] lr=0.001\nfinished: edm_tiny has trained 3 of 3 steps" in out
+    assert "[2 of 2] lr=0.0001\ncontinuing step-00000003.ckpt" in out
+    assert (folder / "0/result.json").read_bytes() == finished and (folder / "1/result.json").is_file()
+    assert [path.name for path in (tmp_path / "outputs/multirun/edm_tiny").iterdir()] == [folder.name]

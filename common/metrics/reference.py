@@ -38,7 +38,9 @@ class ReferenceImages(Protocol):
     """
 
     name: str
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def images(self, batch_size: int) -> Iterator[Tensor]:
         """uint8 (B, C, H, W) batches, always the same images in the same order, without flips."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.losses.meanflow import ImprovedMeanFlowLoss, MeanFlowLoss
+from common.runtime.training.context import context_of
 from common.runtime.training.module import modes_of, restore_modes, to_device
 from common.runtime.training.seeding import Draws
 
@@ -52,7 +53,7 @@ class LossNoise(Callback):
             with torch.enable_grad():
                 for number, batch in enumerate(islice(data.train_dataloader(), self.batches)):
                     # numbers no training step meets
-                    draws = Draws(seed=pl_module.context.seed, step=-1 - number)
+                    draws = Draws(seed=context_of(pl_module).seed, step=-1 - number)
                     batch = to_device(batch, data, pl_module.device)
                     x, t, r, e, conditions = pl_module.inputs(batch, draws=draws)
                     for name, loss in self.losses.items():

@@ -292,9 +292,11 @@ def _draw_bars(axes, groups: Mapping[str, list[tuple]]) -> None:
 
 def _value(text: str | None):
     """An override's text as int or float when it is one."""
+    if text is None:
+        return None
     for kind in (int, float):
         try:
             return kind(text)
-        except (TypeError, ValueError):
+        except ValueError:
             continue
     return text

@@ -12,6 +12,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import atomic
 from common.limits import number
+from common.runtime.training.context import context_of, find_callback
 from common.runtime.training.ema import WeightAverages, averaged, choose_average
 from common.runtime.training.module import evaluating
 
@@ -39,8 +40,9 @@ class Throughput(Callback):
         if self.peak_tflops is None and torch.cuda.is_available():
             name = torch.cuda.get_device_name()
             self.peak_tflops = next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
-        if self.peak_tflops and pl_module.context.count_flops:
-            self.flops_per_step = pl_module.context.count_flops()
+        count_flops = context_of(pl_module).count_flops
+        if self.peak_tflops and count_flops:
+            self.flops_per_step = count_flops()
         self._started = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs, batch, batch_idx) -> None:
@@ -52,7 +54,7 @@ class Throughput(Callback):
         if step - from_step < self.every_n_steps:
             return
         seconds = time.perf_counter() - before
-        self.images_per_s = (step - from_step) * pl_module.context.samples_per_step / seconds
+        self.images_per_s = (step - from_step) * context_of(pl_module).samples_per_step / seconds
         values = {f"perf/{unit_of(pl_module)}_per_s": self.images_per_s}
         if self.flops_per_step and self.peak_tflops:
             rate = self.flops_per_step * (step - from_step) / seconds
@@ -123,10 +125,12 @@ class Progress(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         step, now = trainer.global_step, time.perf_counter()
+        if not trainer.is_global_zero:
+            return
         part = outputs["loss"] if isinstance(outputs, dict) else outputs
         if part is not None:
             self._loss = part.detach() if self._loss is None else self._loss + part.detach()
-        if not trainer.is_global_zero or step == self._last:  # a micro-batch of a step under way
+        if step == self._last:  # a micro-batch of a step under way
             return
         self._last = step
         loss, self._loss = self._loss, None
@@ -154,7 +158,7 @@ class Progress(Callback):
 
     def _text(self, trainer: Any, loss: Tensor | None, unit: str) -> str:
         parts = [f"loss {float(loss):.4g}"] if loss is not None else []
-        speed = next((c.images_per_s for c in trainer.callbacks if isinstance(c, Throughput)), float("nan"))
+        speed = throughput.images_per_s if (throughput := find_callback(trainer, Throughput)) else float("nan")
         if speed == speed:
             parts.append(f"{speed:,.0f} {unit}/s")
         parts += [f"{name} {value:.4g}" for name, value in self.latest.items()]
@@ -203,11 +207,17 @@ class SampleGrid(Callback):
         if trainer.global_step == self._done or not trainer.is_global_zero:
             return
         self._done = trainer.global_step
-        context, stem = pl_module.context, self.folder / f"step-{trainer.global_step:08d}"
-        averages = next((c.averages for c in trainer.callbacks if isinstance(c, WeightAverages)), {})
-        with averaged(pl_module, choose_average(averages, context.picture_average)), evaluating(pl_module):
-            pl_module.refresh()
-            pl_module.preview(trainer.datamodule, stem, samples=self.samples, seed=context.picture_seed)
+        context, stem = context_of(pl_module), self.folder / f"step-{trainer.global_step:08d}"
+        kept = find_callback(trainer, WeightAverages)
+        weights = choose_average(kept.averages if kept else {}, context.picture_average)
+        with averaged(pl_module, weights), evaluating(pl_module):
+            pl_module.refresh()  # type: ignore[operator]
+            pl_module.preview(  # type: ignore[operator]
+                trainer.datamodule,
+                stem,
+                samples=self.samples,
+                seed=context.picture_seed,  # type: ignore[attr-defined]
+            )
 
 
 def write_grid(path, images: Tensor, *, columns: int | None = None) -> Path:

@@ -1,9 +1,13 @@
-"""What a module knows about the run it is part of."""
+"""What a module and its callbacks know about the run they are part of."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from torch import Tensor
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+
+Kind = TypeVar("Kind", bound=Callback)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,3 +30,20 @@ class RunContext:
     picture_average: str = "raw"
     picture_seed: int = 0
     count_flops: Callable[[], float | None] | None = None
+
+
+def context_of(module: nn.Module) -> RunContext:
+    """The context of a module, the defaults for one that has none."""
+    found = getattr(module, "context", None)
+    return found if isinstance(found, RunContext) else RunContext()
+
+
+def find_callback(trainer: Trainer, kind: type[Kind]) -> Kind | None:
+    """The trainer's first callback of this kind."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+def logging_interval(trainer: Trainer) -> int:
+    """Optimiser steps between two logged rows."""
+    return max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.diffusion.ema import update_
 from common.errors import UserError, nearest
+from common.runtime.training.context import context_of
 
 
 class WeightAverages(Callback):
@@ -61,11 +62,11 @@ class WeightAverages(Callback):
         if step == self._last_step or step % self.every:
             return
         self._last_step = step
-        batch_size = pl_module.context.samples_per_step * self.every
+        samples = context_of(pl_module).samples_per_step
         named = dict(pl_module.named_parameters())
         for profile, decay in self.profiles.items():
             average = self.averages[profile]
-            beta = decay.decay(step=step, batch_size=batch_size, images_seen=step * pl_module.context.samples_per_step)
+            beta = decay.decay(step=step, batch_size=samples * self.every, images_seen=step * samples)
             update_(list(average.values()), [_wide(named[name].detach()) for name in average], beta)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:

@@ -1,10 +1,13 @@
 """The LightningModule of every task that trains a network with an equilibrium in it."""
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor, nn
 
+from common.deq.layer import DEQ
 from common.deq.layers import reset
+from common.deq.solution import Solution
 from common.errors import UserError
 from common.runtime.training.module import ResearchModule, evaluating
 
@@ -32,7 +35,7 @@ class EquilibriumModule(ResearchModule):
             )
         self.correction = correction
 
-    # What a task says -------------------------------------------------------------------------------------------------
+    # What a task defines ----------------------------------------------------------------------------------------------
 
     def outputs(self, batch) -> list:
         """What the network makes of a batch: one output per state in training, one in evaluation."""
@@ -57,12 +60,13 @@ class EquilibriumModule(ResearchModule):
         reset(self.net)  # one set of dropout masks and normalised weights for the solve and its gradient
         losses = [self.criterion(output, batch) for output in self.outputs(batch)]
         loss = losses[-1] if self.correction is None else self.correction(losses)
-        penalty = self.net.deq.penalty_value
+        layer = cast(DEQ, self.net.deq)
+        penalty = layer.penalty_value
         if penalty is not None:
             loss = loss + penalty
             self.log("train/penalty", penalty.detach())
         self.log("train/loss", loss, prog_bar=True)
-        solution = self.net.deq.solution
+        solution = cast(Solution, layer.solution)
         self.log("train/nfe", solution.evaluations.float().mean())
         if solution.calls:  # a layer trained without a solve has measured nothing
             self.log("train/residual", solution.residual_rel.mean())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class GenerativeModule(ResearchModule):
     optimizer, schedule   see `ResearchModule`
     """
 
+    net: Any  # what a generator must offer is its own: label_dim, and the shape of its images
     reads = "images"
     unit = "images"
     uses_sampler = True
@@ -103,6 +105,8 @@ class GenerativeModule(ResearchModule):
 
     def preview(self, data, stem: Path, *, samples: int, seed: int) -> list[Path]:
         """One grid `<stem>.png` of the first `samples` images."""
+        if self.context.sampler is None:
+            raise UserError("This module has no sampler. Set module.context = RunContext(sampler=...) first.")
         images = self.generate(torch.arange(samples), sampler=self.context.sampler, seed=seed)
         return [write_grid(stem.with_name(f"{stem.name}.png"), images)]
 

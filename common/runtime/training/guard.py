@@ -2,6 +2,8 @@
 
 import signal
 import warnings
+from pathlib import Path
+from typing import cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,6 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from common import limits
 from common.errors import UserError
 from common.runtime.training.checkpoint import Checkpoints
+from common.runtime.training.context import find_callback
+from common.runtime.training.module import ResearchModule
 from common.runtime.training.seeding import seed_step
 
 
@@ -19,7 +23,7 @@ class PerStepSeed(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx) -> None:
-        seed_step(self.seed, pl_module.micro_step, trainer.global_rank)
+        seed_step(self.seed, cast(ResearchModule, pl_module).micro_step, trainer.global_rank)
 
 
 class NonFiniteStop(UserError):
@@ -42,7 +46,7 @@ class NonFiniteGuard(Callback):
 
     def __init__(self, *, replace: float | None = None):
         self.replace = None if replace is None else limits.number("callbacks.guard.replace", replace, least=0)
-        self._loss = None
+        self._loss: torch.Tensor | None = None
         self._warned = False
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
@@ -80,12 +84,17 @@ class NonFiniteGuard(Callback):
                 "a gradient norm (overflow in the sum)",
             )
             culprit = f"the gradient of {name} is not finite"
-        last = next((c.last for c in trainer.callbacks if isinstance(c, Checkpoints) and c.last), None)
+        last = _last_checkpoint(trainer)
         resume = f"Last good checkpoint: {last}" if last else "No checkpoint had been written yet"
         return (
             f"Stopped at step {trainer.global_step} before the weights were touched: {culprit}. {resume}. "
             f"Lower the learning rate or run with +debug=nonfinite to find the operation."
         )
+
+
+def _last_checkpoint(trainer: Trainer) -> Path | None:
+    saver = find_callback(trainer, Checkpoints)
+    return saver.last if saver else None
 
 
 class Interrupted(UserError):
@@ -131,7 +140,7 @@ class StopOnSignal(Callback):
             wanted = int(trainer.strategy.reduce(torch.tensor(float(wanted), device=pl_module.device), reduce_op="max"))
         if not wanted:
             return
-        saver = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)
+        saver = find_callback(trainer, Checkpoints)
         if saver is None:
             where = "No checkpoint was written (callbacks.checkpoints is off)."
         elif saver.last is not None and saver.last.name == f"step-{trainer.global_step:08d}.ckpt":

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from common.files import atomic, write_error
+from common.runtime.training.context import logging_interval
 
 
 class StepNumber(Callback):
@@ -19,7 +20,7 @@ class StepNumber(Callback):
     """
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % logging_interval(trainer) == 0:
             # a float64 tensor: a number would become float32, or bfloat16 with its 8 digits
             pl_module.log("step", torch.tensor(float(trainer.global_step), dtype=torch.float64))
 
@@ -29,7 +30,7 @@ def log_step(trainer: Trainer) -> None:
 
     Lightning logs after the callbacks; a checkpoint of step n must not be on disk before the row of step n is.
     """
-    if trainer.global_step % trainer.log_every_n_steps == 0:
+    if trainer.global_step % logging_interval(trainer) == 0:
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.log_metrics(trainer.logged_metrics, step=trainer.global_step)

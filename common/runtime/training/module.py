@@ -1,6 +1,6 @@
 """The LightningModule every paper starts from: a network, its optimiser recipe, and what the runtime asks of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,7 @@ class ResearchModule(LightningModule):
     schedule   learning-rate multiplier, optimiser step -> float (`common.optim.schedules`), or None for constant
     """
 
+    net: nn.Module
     reads = ""  # kind of data it needs, the `holds` of a data module; empty: any
     unit = "samples"  # what a batch is made of, in words: `perf/<unit>_per_s`
     uses_sampler = False  # whether `sample.sampler` means anything to it
@@ -37,7 +38,8 @@ class ResearchModule(LightningModule):
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.context = RunContext()  # the runtime puts that of the run here
-        self._summed_step, self._sums = -1, {}  # of the values logged in an optimiser step: name -> (sum, count)
+        self._summed_step = -1
+        self._sums: dict[str, tuple] = {}  # of the values logged in that optimiser step: name -> (sum, count)
 
     @property
     def raw(self) -> nn.Module:
@@ -64,7 +66,7 @@ class ResearchModule(LightningModule):
             world_size=self.trainer.world_size,
         )
 
-    def log(self, name, value, **options) -> None:
+    def log(self, name: str, value, **options) -> None:  # type: ignore[override]
         """Lightning's `log`, tensors averaged over the processes; nothing outside a trainer (planning, notebooks).
 
         What `training_step` logs is the mean over the micro-batches of the optimiser step under way.
@@ -109,8 +111,7 @@ class ResearchModule(LightningModule):
         `training_step` by default; a module with manual optimisation adds up its losses, since there is no optimiser
         and no trainer here.
         """
-        loss = self.training_step(batch, 0)
-        return loss["loss"] if isinstance(loss, dict) else loss
+        return loss_of(self.training_step(batch, 0))
 
     def check_data(self, data) -> None:
         """Raises UserError when the network cannot be trained on the data module `data`. Reads no files."""
@@ -143,12 +144,17 @@ class ResearchModule(LightningModule):
         """Plain data an export needs beside weights and configuration to be used as it was here."""
         return {}
 
-    def finalise(self, means: dict[str, float | Tensor]) -> dict[str, float]:
+    def finalise(self, means: dict) -> dict[str, float]:
         """From the means of `evaluation_step` over a split to the paper's metrics. The same by default.
 
         A mean is a float, or a tensor (CPU, float64) where the step's sum was one: a confusion matrix, say.
         """
         return means
+
+
+def loss_of(outputs) -> Tensor:
+    """The loss among what a training step returned: a tensor, or a dictionary that holds it."""
+    return outputs["loss"] if isinstance(outputs, Mapping) else outputs
 
 
 def modes_of(module: nn.Module) -> list[tuple[nn.Module, bool]]:

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from common.deq.layer import DEQ
+from common.runtime.training.context import logging_interval
 from common.runtime.training.figures import COLOURS, read_curves, running_mean, save_figure, wide
 from common.runtime.training.logger import MetricsCSV
+from common.runtime.training.module import ResearchModule
 
 
 def equilibria(net: nn.Module) -> list[DEQ]:
@@ -27,7 +30,7 @@ class SolverTotals:
 
     def __init__(self, net: nn.Module):
         self.layers = equilibria(net)
-        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sums: dict[str, tuple[Tensor, int]] = {}
 
     def __enter__(self) -> "SolverTotals":
         self._hooks = [layer.register_forward_hook(self._add) for layer in self.layers]
@@ -39,17 +42,13 @@ class SolverTotals:
 
     def _add(self, layer: DEQ, inputs, states) -> None:
         for name, values in per_sample(layer.solution).items():
-            total, count = self.sums.get(name, (0, 0))
+            total, count = self.sums.get(name, (values.new_zeros((), dtype=torch.float64), 0))
             self.sums[name] = (total + values.double().sum(), count + len(values))
 
 
 def per_sample(solution) -> dict[str, Tensor]:
     """What is reported of a solve, each (B,): evaluations of the map, relative residual, whether it converged."""
     return {"nfe": solution.evaluations, "residual": solution.residual_rel, "converged": solution.converged}
-
-
-def _interval(trainer: Trainer) -> int:
-    return max(trainer.log_every_n_steps, 1)
 
 
 def _means(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -80,24 +79,26 @@ class SolverHealth(Callback):
         self.curve: list[list[float]] = []  # per evaluation: [smallest, median, largest] relative residual
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._layers = equilibria(pl_module.net)
+        self._layers = equilibria(cast(ResearchModule, pl_module).net)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._done = trainer.global_step
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         # now, because an evaluation between two steps solves with the same layers
-        if self._layers and (trainer.global_step + 1) % _interval(trainer) == 0:
+        if self._layers and (trainer.global_step + 1) % logging_interval(trainer) == 0:
             self._seen = [layer.solution for layer in self._layers if layer.solution is not None]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         solutions, step = self._seen, trainer.global_step
-        if not solutions or step % _interval(trainer) or step == self._done:  # the others: inside an accumulated step
+        if (
+            not solutions or step % logging_interval(trainer) or step == self._done
+        ):  # the others: inside an accumulated step
             return
         self._done, self._seen = step, []
         parts = [per_sample(solution) for solution in solutions]
         pl_module.log_dict({f"train/{name}": mean for name, mean in _means(parts).items()})
-        reports = [layer.grad.report for layer in self._layers if getattr(layer.grad, "report", None) is not None]
+        reports = [found for layer in self._layers if (found := getattr(layer.grad, "report", None)) is not None]
         if reports:
             backward = _means([per_sample(report) for report in reports])
             pl_module.log_dict({f"train/backward_{name}": backward[name] for name in ("nfe", "residual")})
@@ -160,9 +161,9 @@ def draw_solver(
         axes.spines[["top", "right"]].set_visible(False)
         if panel == "curve":
             low, median, high = zip(*curve, strict=True)
-            x = range(1, len(curve) + 1)
-            axes.fill_between(x, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
-            axes.plot(x, median, color=COLOURS[0], linewidth=1.6)
+            evaluations = range(1, len(curve) + 1)
+            axes.fill_between(evaluations, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+            axes.plot(evaluations, median, color=COLOURS[0], linewidth=1.6)
             if wide([*low, *high]):
                 axes.set_yscale("log")
             axes.set_xlabel("evaluations of the map")

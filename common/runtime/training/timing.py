@@ -6,7 +6,7 @@ import time
 import torch
 from torch import nn
 
-from common.runtime.training.module import ResearchModule, modes_of, restore_modes, to_device
+from common.runtime.training.module import ResearchModule, loss_of, modes_of, restore_modes, to_device
 
 
 def step_times(module: ResearchModule, data, steps: int) -> dict[str, float]:
@@ -36,8 +36,7 @@ def step_times(module: ResearchModule, data, steps: int) -> dict[str, float]:
                 _clear(module)
                 wait()
                 started = time.perf_counter()
-                loss = module.training_step(batch, number)
-                loss = loss["loss"] if isinstance(loss, dict) else loss
+                loss = loss_of(module.training_step(batch, number))
                 wait()
                 forward = time.perf_counter()
                 loss.backward()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.runtime.training.checkpoint import latest_complete, list_checkpoints, read_checkpoint, step_of
 from common.runtime.training.ema import choose_average
+from common.runtime.training.module import ResearchModule
 from common.weights.load import LoadReport, load_into, load_tensors, stored_step
 
 NETWORK = "net."  # a ResearchModule keeps its network under this name
@@ -56,7 +57,7 @@ def initialise(net: nn.Module, path: Path, average: str | None = None) -> LoadRe
         # an EDM2 teacher: its network under our name, its uncertainty head left behind
         tensors = {k.replace("unet.", "model.", 1): v for k, v in tensors.items() if not k.startswith("logvar_")}
     if hasattr(net, "prepare_weights"):
-        tensors = net.prepare_weights(tensors)
+        tensors = net.prepare_weights(tensors)  # type: ignore[operator]
     return load_into(net, tensors, name=str(path))
 
 
@@ -69,7 +70,7 @@ def trained_runs(run_dir: Path, most: int = 4) -> str:
     return f"Trained runs of this experiment: {', '.join(names)}{more}. " if names else ""
 
 
-def trained_weights(module: nn.Module, run_dir: Path, *, resume: str, init_file: str | None, average: str) -> dict:
+def trained_weights(module: ResearchModule, run_dir: Path, *, resume: str, init_file: str | None, average: str) -> dict:
     """Put the weights to be tested, sampled or exported into `module`: returns {file, step, average}.
 
     The newest complete checkpoint of the run counts; without one, `init.file`. `average` names an entry of the

@@ -1,12 +1,11 @@
 """The objects of one run, built from its configuration."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningDataModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -30,9 +29,9 @@ class Assembled:
     cfg: DictConfig
     plain: dict
     folder: Path
-    data: LightningDataModule
+    data: Any  # the data module
     module: ResearchModule
-    sampler: Callable | None  # that of the sample section; modules that generate no images leave it alone
+    sampler: Any  # that of the sample section; modules that generate no images leave it alone
     evaluation: Evaluation | SplitEvaluation | None  # None for verbs that measure nothing
     start: Path | None = None  # checkpoint that training continues from
 
@@ -46,7 +45,7 @@ def instantiate(node, **options):
 
 def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
     """Build what a verb needs, cheapest refusal first: batch size, data files, then the network."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain = cast(dict, OmegaConf.to_container(cfg, resolve=True))
     if str(cfg.trainer.precision) not in PRECISIONS:
         raise UserError(
             f"trainer.precision={cfg.trainer.precision} is not known. {nearest(str(cfg.trainer.precision), PRECISIONS)}"

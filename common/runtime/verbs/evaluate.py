@@ -1,8 +1,9 @@
 """The paper's metrics: at the end of a run, under task=test, and as a curve during training."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -51,7 +52,7 @@ class Evaluation:
         every_n_steps: int | None,
         curve_samples: int,
         floor: bool,
-        samplers: dict[str, object | None],
+        samplers: dict[str, Callable | None],
         extractors: dict[str, FeatureExtractor | None],
         at_start: bool = False,
         rounding: str = "edm",
@@ -75,7 +76,7 @@ class Evaluation:
             raise UserError("evaluate.precision_recall needs images. Set it to false, or evaluate.statistics=null.")
         self.samplers = {name: sampler for name, sampler in samplers.items() if sampler is not None}
         self.extractors = [extractor for extractor in extractors.values() if extractor is not None]
-        self._options = dict(
+        self._options: dict[str, Any] = dict(
             rounding=rounding, ddof=ddof, inception_score=inception_score, precision_recall=precision_recall,
             cache_dir=cache_dir, batch_size=batch_size,
         )  # fmt: skip
@@ -99,13 +100,13 @@ class Evaluation:
         if self and hasattr(data, "check_reference"):
             data.check_reference(self.reference)
 
-    def curve(self, module: GenerativeModule, data) -> dict[str, Measurement]:
+    def curve(self, module: ResearchModule, data) -> dict[str, Measurement]:
         """`run` with the images of one point of the curve."""
         return self.run(module, data, samples=self.curve_samples)
 
-    def run(self, module: GenerativeModule, data, *, samples: int | None = None, say=None) -> dict[str, Measurement]:
+    def run(self, module: ResearchModule, data, *, samples: int | None = None, say=None) -> dict[str, Measurement]:
         """Metric name -> record, with the module's weights as they are."""
-        samples = samples or self.samples
+        samples, generator = samples or self.samples, cast(GenerativeModule, module)  # `check` has looked
         rank, world = _rank()
         batches = index_batches(samples, self.batch_size, "evaluate")[rank::world]
         judge = GeneratorEvaluation(
@@ -115,9 +116,11 @@ class Evaluation:
         results: dict[str, Measurement] = {}
         for name, sampler in self.samplers.items():
             started = time.perf_counter()
-            classes = module.net.label_dim if self.balanced else 0
+            classes = generator.net.label_dim if self.balanced else 0
             images = (
-                module.generate(indices, sampler=sampler, seed=self.seed, labels=indices % classes if classes else None)
+                generator.generate(
+                    indices, sampler=sampler, seed=self.seed, labels=indices % classes if classes else None
+                )
                 for indices in batches
             )
             share = sum(len(indices) for indices in batches)
@@ -242,7 +245,7 @@ class SplitEvaluation:
                 batch = to_device(batch, data, module.device)
                 watched = self.spectral_radius and not seen
                 with _keeping_last(module.net, watched):
-                    for name, (total, count) in module.evaluation_step(batch).items():
+                    for name, (total, count) in cast(Any, module).evaluation_step(batch).items():
                         before = sums.get(name, (0, 0))
                         sums[name] = (before[0] + _number(total), before[1] + _number(count))
                     extra |= _spectral_radius(module.net, module.device) if watched else {}
@@ -295,7 +298,7 @@ class EvaluationCurve(Callback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weights = choose_average(self.averages.averages, self.evaluation.average)
         with averaged(pl_module, weights):
-            found = self.evaluation.curve(pl_module, self.data)
+            found = self.evaluation.curve(cast(ResearchModule, pl_module), self.data)
         values = {f"val/{name}": record.value for name, record in found.items()}
         log_now(trainer, values)
         if self.progress is not None and values:

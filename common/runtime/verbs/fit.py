@@ -1,4 +1,4 @@
-"""`task=fit`: needs, refusals, restart, training, evaluation, export, tables."""
+"""`task=fit`: train or continue a run, then measure, export and summarise it."""
 
 import re
 import time
@@ -165,7 +165,8 @@ def finish(
                 print("evaluating", flush=True)
             metrics = {f"test/{k}": v for k, v in run.evaluation.run(module, run.data, say=_say(trainer)).items()}
         if trainer.is_global_zero:
-            metrics.update({f"test/{k}": v for k, v in run.evaluation.floor(run.data).items()} if metrics else {})
+            if run.evaluation and metrics:
+                metrics |= {f"test/{k}": v for k, v in run.evaluation.floor(run.data).items()}
             write_export(run, step=trainer.global_step, average=cfg.evaluate.average)
     if not trainer.is_global_zero:
         return None
@@ -175,7 +176,8 @@ def finish(
             logger.log_metrics(values, step=trainer.global_step)
         logger.save()
     objective = next(iter(values.values()), _last_loss(trainer))
-    for callback in trainer.callbacks:  # what was seen on the way: `results`, name -> number
+    # what callbacks saw on the way: `results`, name -> number
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         metrics.update(getattr(callback, "results", dict)())
     pictures = plot_curves(run.folder / "metrics.csv", run.folder / "pictures")
     write_result(

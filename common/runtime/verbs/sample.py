@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from common.errors import UserError
 from common.files import atomic, write_json
 from common.metrics.images import to_uint8
 from common.runtime.training.callbacks import write_grid
-from common.runtime.training.generative import index_batches
+from common.runtime.training.generative import GenerativeModule, index_batches
 from common.runtime.training.module import evaluating
 from common.runtime.training.weights import trained_weights
 from common.runtime.verbs.assemble import Assembled, assemble
@@ -84,7 +85,7 @@ def make_images(run: Assembled, batches: list[torch.Tensor], source: dict) -> No
     """The images of the index `batches`, as a grid, single files and an array."""
     from rich.progress import track
 
-    cfg, module = run.cfg, run.module
+    cfg, module = run.cfg, cast(GenerativeModule, run.module)
     variant = getattr(run.sampler, "variant", "")  # what else sets its images apart from those of the same class
     name = "-".join([type(run.sampler).__name__.lower(), f"nfe{run.sampler.nfe}", *filter(None, [variant]),
                      f"seed{cfg.sample.seed}"])  # fmt: skip

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from common.files import write_json, write_text
 from common.runtime.cli import sweep
@@ -168,3 +169,34 @@ def test_no_number_no_plot(tmp_path):
     job(tmp_path, 0, ["x=1"], None)
     jobs = sweep.read_jobs(tmp_path)
     assert not sweep.plot(sweep.table_rows(jobs), [], tmp_path / "table.png")
+
+
+def swept(*task: str, params: dict | None = None, number: int = 0, folder=".", **sweeper):
+    return OmegaConf.create({"hydra": {
+        "overrides": {"task": list(task)}, "sweeper": {"params": params, **sweeper}, "job": {"num": number},
+        "sweep": {"dir": str(folder)},
+    }})  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "jobs", "keys"), [
+    (swept("+experiment=e", "a.lr=1e-3,1e-4", "seed=0,1,2"), 6, ["a.lr", "seed"]),
+    (swept("+experiment=e", "x=choice(1,2,3)", "y=range(0,4)"), 12, ["x", "y"]),
+    (swept("+sweep=s", params={"net@a.net": "one,two", "fixed": "1"}), 2, ["net@a.net"]),
+    (swept("+experiment=glob(*_tiny)"), None, ["experiment"]),
+    (swept("x=interval(0,1)", n_trials=5), 5, ["x"]),
+])  # fmt: skip
+def test_jobs_are_counted_before_they_run(config, jobs, keys):
+    assert sweep.planned_jobs(config) == {"jobs": jobs, "swept": keys}
+
+
+def test_a_job_is_headed_by_what_sets_it_apart(tmp_path):
+    config = swept("+experiment=e", "a.lr=0.01", "seed=2", number=2, folder=tmp_path)
+    assert sweep.job_heading(config) == "[3]"
+    write_json(tmp_path / sweep.PLAN, {"jobs": 8, "swept": ["a.lr", "seed"]})
+    assert sweep.job_heading(config) == "[3 of 8] lr=0.01, seed=2"
+
+
+def test_the_smallest_objective_is_marked():
+    rows = [{"job": str(n), "objective": value} for n, value in enumerate((2.0, 0.5, None, 1.0))]
+    assert [row["best"] for row in sweep._shown(rows)] == ["", "*", "", ""]
+    assert "best" not in sweep._shown(rows[:1])[0], "of one job none is the best"

@@ -113,7 +113,7 @@ def test_the_loss_of_an_accumulated_step_is_its_mean_printed_once(capsys):
         trainer.global_step = (micro + 1) // 2
         progress.on_train_batch_end(trainer, None, {"loss": torch.tensor(loss / 2)}, None, micro)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[1:4:2] for line in lines] == [["1/6", "2"], ["2/6", "6"]]
+    assert [(line[1], *line[-2:]) for line in lines] == [("1/6", "loss", "2"), ("2/6", "loss", "6")]
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
