@@ -188,12 +188,12 @@ RANGES: dict[str, Range] = {
     **_names(
         """auxiliary_weight c churn clip final gradient_clip_val inv_t limit_test_batches limit_train_batches
         limit_val_batches limit_predict_batches lr max_flow noise omega overfit_batches power replace rho
-        s_min safeguard smooth val_check_interval warmup weight weight_decay zoom shear rotation
+        s_min smooth val_check_interval warmup weight weight_decay zoom shear rotation
         layer_radius layer_shift shift""",
         NOT_NEGATIVE,
     ),
     **_names("sigma_max mids", POSITIVE_OR_INF),
-    **_names("s_max s_noise sigma_min", NOT_NEGATIVE_OR_INF),
+    **_names("s_max s_noise safeguard sigma_min", NOT_NEGATIVE_OR_INF),
     **_names("seed eval_seed fold_seed plane_seed", SEED),
     **_names("augment.fill", BYTE),
     **_names(

@@ -155,5 +155,5 @@ def test_the_real_thing_failing(composed, tmp_path, capfd):
     with pytest.raises(UserError, match="needed first") as error:
         fit.fit_task(cfg)
     assert error.value.exit_code == 2
-    assert "data.batch_size must be >= 1, got 0" in capfd.readouterr().err
+    assert "data.batch_size must be a whole number of 1 or more, got 0" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
