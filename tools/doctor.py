@@ -263,19 +263,20 @@ def weights(root: str | None) -> Iterable[Finding]:
         )  # fmt: skip
     for path in sorted((ROOT / "conf" / "evaluate").glob("*.yaml")):
         for name, extractor in (_read("evaluate", path.stem, "evaluate.extractors", folder) or {}).items():
-            file = extractor.get("weights")
-            if file and (path.stem, name) not in seen:
+            places = extractor.get("weights")
+            if places and (path.stem, name) not in seen:
                 seen.add((path.stem, name))
-                there = Path(file).is_file()
+                places = [places] if isinstance(places, str) else places
+                there = next((place for place in places if Path(place).is_file()), None)
                 yield Finding(
                     group="weights", name=f"metric {name}", state=OK if there else ABSENT,
-                    what=file if there else f"no {file}", fix="" if there else _metric_fix(name),
+                    what=there or f"no {' or '.join(places)}", fix="" if there else _metric_fix(name),
                 )  # fmt: skip
 
 
 def _metric_fix(name: str) -> str:
     if name != "inception":
-        return f"Needed for FD-{name} only: put the file there, or set data.root to the folder that holds weights/."
+        return f"Needed for FD-{name} only: put the file there, or set DATA_ROOT to the folder that holds weights/."
     from common.metrics.features import INCEPTION_URL
 
     return f"Needed for FID only. Download {INCEPTION_URL} to that place."

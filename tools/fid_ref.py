@@ -1,15 +1,23 @@
-"""Reference statistics of a data set for the Frechet distance.
+"""Reference statistics of a data set for the Frechet distance, and the distance between two sets of pictures.
 
-    python -m tools.fid_ref --data cifar10 --root ../shared/data --extractor resnet56 --out cifar10-resnet56.npz
-    python -m tools.fid_ref --data some/folder/of/images --extractor inception --weights inception.pth --out ref.npz
+    python -m tools.fid_ref --data my/pictures --resolution 64 --fit center --against generated/pictures
+    python -m tools.fid_ref --data my/pictures --resolution 32 --fit center --out mine.npz
+    python -m tools.fid_ref --data cifar10 --extractor inception --out cifar10.npz
 
-Prints the record kept inside the file: extractor and hash, data set and fingerprint, count, rounding.
+--against prints a number: the distance from the pictures of --data to another folder, data set or file of statistics,
+read at the same resolution. --out keeps the statistics of --data, which `evaluate.statistics=mine.npz` compares a
+generator with. Also prints their record: extractor and hash, data set and fingerprint, count, rounding.
+
+Only --extractor inception gives "FID". The others give "FD-<name>", comparable among themselves alone.
 """
 
 import argparse
+import copy
+import os
 import sys
 from pathlib import Path
 
+from common import limits
 from common.errors import UserError, nearest
 
 DATASETS = ("cifar10", "mnist", "fashion_mnist", "digits")
@@ -27,9 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         record = run(options)
     except UserError as error:
-        # the libraries name the configuration keys of an experiment; here the same things are options
-        message = str(error).replace("data.root", "--root").replace("set weights to", "set --weights to")
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {_as_options(str(error))}", file=sys.stderr)
         return error.exit_code
     for key, value in record.items():
         print(f"{key:15} {value}")
@@ -37,16 +43,49 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> dict:
-    """Computes and saves the statistics; returns their record. Raises UserError on anything the user can mend."""
-    out = Path(options.out)
-    if out.suffix != ".npz":
-        raise UserError(f"--out must end in .npz, got {options.out}. Name it {out.stem}.npz.")
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size must be >= 1, got {options.batch_size}. Give a positive number.")
-    from common.metrics.reference import compute_statistics  # torch: not for --help
+    """Computes the statistics, saves them, measures the distance; returns the record.
+
+    Raises UserError on anything the user can mend.
+    """
+    if options.out is None and options.against is None:
+        raise UserError("--out or --against is missing. Give a file to write, or a folder to measure against.")
+    if options.out is not None and Path(options.out).suffix != ".npz":
+        raise UserError(f"--out must end in .npz, got {options.out}. Name it {Path(options.out).stem}.npz.")
+    for name in ("batch_size", "limit", "resolution"):
+        if getattr(options, name) is not None:
+            limits.whole(f"--{name.replace('_', '-')}", getattr(options, name), least=1)
+    from common.metrics.fid import frechet_distance  # torch: not for --help
 
     reference = open_reference(options)
     extractor = open_extractor(options, reference).to(_device(options.device))
+    statistics = _statistics(reference, extractor, options)
+    record = {}
+    if options.out is not None:
+        statistics.save(Path(options.out))
+        record["file"] = str(options.out)
+    record |= {**statistics.record, "sha256": statistics.digest()[:16]}
+    if options.against is not None:
+        other = _against(options, extractor)
+        count = other.record.get("n")
+        record["against"] = f"{other.record.get('dataset', options.against)} ({count or 'unknown number of'} images)"
+        record[extractor.metric] = f"{frechet_distance(statistics, other):.6g}"
+    return record
+
+
+def _against(options: argparse.Namespace, extractor):
+    """Statistics of what --against names."""
+    from common.metrics.reference import StatisticsFile
+
+    if options.against.endswith(".npz"):
+        return StatisticsFile(path=options.against).statistics(extractor, "edm")
+    other = copy.copy(options)
+    other.data = options.against
+    return _statistics(open_reference(other, option="--against"), extractor, options)
+
+
+def _statistics(reference, extractor, options: argparse.Namespace):
+    from common.metrics.reference import compute_statistics
+
     statistics = compute_statistics(reference, extractor, batch_size=options.batch_size)
     if statistics.n < extractor.dim + 1:
         print(
@@ -54,32 +93,31 @@ def run(options: argparse.Namespace) -> dict:
             f"use at least {extractor.dim + 1}",
             file=sys.stderr,
         )
-    statistics.save(out)
-    return {"file": str(out), **statistics.record, "sha256": statistics.digest()[:16]}
+    return statistics
 
 
-def open_reference(options: argparse.Namespace):
-    """The images named by --data, --root, --split and --limit."""
+def open_reference(options: argparse.Namespace, option: str = "--data"):
+    """The images named by --data, --root, --split, --limit, --resolution and --fit."""
     from common.metrics.reference import FolderImages, SplitImages
 
     if options.data not in DATASETS:
-        if not Path(options.data).is_dir():
+        path = Path(options.data).expanduser()
+        if not path.is_dir() and path.suffix.lower() != ".zip":
             raise UserError(
-                f"--data must be one of {', '.join(DATASETS)}, or a folder of images; {options.data!r} is neither. "
-                f"{nearest(options.data, DATASETS)}"
+                f"{option} must be one of {', '.join(DATASETS)}, or a folder or zip of pictures; {options.data!r} is "
+                f"none of them. {nearest(options.data, DATASETS)}"
             )
-        return FolderImages(path=options.data, limit=options.limit)
+        return FolderImages(path=path, limit=options.limit, resolution=options.resolution, fit=options.fit)
     from common.data.images.module import ImageDataModule
 
     data = ImageDataModule(source=_source(options.data, options.root))
-    if options.split not in data.splits:
-        raise UserError(f"--split of {options.data} must be one of {', '.join(data.splits)}, got {options.split!r}.")
+    limits.choice(f"--split of {options.data}", options.split, data.splits)
     data.check()
     return SplitImages(data=data, split=options.split, limit=options.limit)
 
 
 def open_extractor(options: argparse.Namespace, reference):
-    """The extractor named by --extractor, with weights from --weights or <root>/weights."""
+    """The extractor named by --extractor, with weights from --weights, $ONESTEP_WEIGHTS or <root>/weights."""
     from common.metrics import features
 
     name = options.extractor
@@ -93,9 +131,10 @@ def open_extractor(options: argparse.Namespace, reference):
             raise UserError(f"--extractor {name} needs --weights, a local checkpoint of that timm model.")
         return features.TimmFeatures(model=name.removeprefix("timm:"), weights=options.weights)
     if name not in WEIGHTS:
-        hint = nearest(name, EXTRACTORS)
-        raise UserError(f"--extractor must be one of {', '.join(EXTRACTORS)}, got {name!r}. {hint}".strip())
-    weights = options.weights or str(Path(options.root) / "weights" / WEIGHTS[name])
+        limits.choice("--extractor", name, EXTRACTORS)
+    places = [Path(os.environ.get("ONESTEP_WEIGHTS", ".cache/weights")), Path(options.root).expanduser() / "weights"]
+    files = [str(place / WEIGHTS[name]) for place in places]
+    weights = options.weights or next((file for file in files if Path(file).is_file()), files[-1])
     kinds = {
         "resnet56": features.CifarResNet56,
         "efflite0": features.EfficientNetLite0,
@@ -114,6 +153,17 @@ def _source(name: str, root: str):
     return {"cifar10": Cifar10, "mnist": Mnist, "fashion_mnist": FashionMnist}[name](root=root)
 
 
+def _as_options(message: str) -> str:
+    """The libraries name keys of an experiment; here the same things are options."""
+    for key, option in (
+        ("Set data.source.fit=center", "Give --fit center"), ("data.source.resolution", "--resolution"),
+        ("data.source.fit", "--fit"), ("Set data.root or data.source.path", "Set --data"), ("data.root", "--root"),
+        ("set weights to", "set --weights to"),
+    ):  # fmt: skip
+        message = message.replace(key, option)
+    return message
+
+
 def _device(name: str) -> str:
     import torch
 
@@ -130,16 +180,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.fid_ref", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", required=True, help=f"{', '.join(DATASETS)}, or a folder of images")
-    parser.add_argument("--root", default="../shared/data", help="folder holding cifar10/, weights/, ... (%(default)s)")
-    parser.add_argument("--split", default="train", help="split of a named data set (%(default)s)")
-    parser.add_argument("--limit", type=int, help="use only the first N images")
-    parser.add_argument("--extractor", default="resnet56", help=f"{', '.join(EXTRACTORS)} (%(default)s)")
-    parser.add_argument("--weights", help="the extractor's weights; default: the known file in <root>/weights")
-    parser.add_argument("--out", required=True, help="npz to write")
-    parser.add_argument("--batch-size", type=int, default=250, help="images read at once (%(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (%(default)s)")
-    parser.add_argument("--cache-dir", default=".cache/metrics", help="where the digits classifier is kept")
+    add = parser.add_argument
+    root = os.environ.get("DATA_ROOT", ".cache/data")
+    add("--data", required=True, help=f"{', '.join(DATASETS)}, or a folder or zip of pictures")
+    add("--against", help="print the distance to this: as --data, or a file of statistics .npz")
+    add("--out", help="npz to write")
+    add("--resolution", type=int, help="of a folder: pixels, width = height; default: that of its first picture")
+    add("--fit", default="exact", choices=("exact", "center", "adm"), help="of a folder: how pictures get that size")
+    add("--root", default=root, help="folder holding cifar10/, weights/, ...; default: $DATA_ROOT (%(default)s)")
+    add("--split", default="train", help="split of a named data set (%(default)s)")
+    add("--limit", type=int, help="use only the first N images")
+    add("--extractor", default="resnet56", help=f"{', '.join(EXTRACTORS)} (%(default)s)")
+    add("--weights", help="the extractor's weights; default: its file in $ONESTEP_WEIGHTS or <root>/weights")
+    add("--batch-size", type=int, default=250, help="images read at once (%(default)s)")
+    add("--device", default="auto", help="cpu, cuda or auto (%(default)s)")
+    add("--cache-dir", default=".cache/metrics", help="where the digits classifier is kept")
     return parser
 
 

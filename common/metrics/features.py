@@ -12,13 +12,14 @@ import io
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import limits
 from common.errors import UserError, nearest
 from common.files import refuse_lfs_pointer, write_bytes
 from common.metrics.hashes import short_hash, tensors_hash
@@ -45,8 +46,7 @@ class FeatureExtractor(ABC):
     classifies = True
 
     def __init__(self, *, name: str, dim: int, hash: str, network: nn.Module | None, batch_size: int):
-        if batch_size < 1:
-            raise UserError(f"batch_size of the {name} extractor must be >= 1, got {batch_size}.")
+        limits.whole(f"batch_size of the {name} extractor", batch_size, least=1)
         self.name, self.dim, self.hash = name, dim, hash
         self.metric = f"FD-{name}"
         self.batch_size = batch_size
@@ -94,10 +94,11 @@ class FeatureExtractor(ABC):
 class CifarResNet56(FeatureExtractor):
     """64-d features of the CIFAR-10 ResNet-56 of akamaster/pytorch_resnet_cifar10 (6.61 % test error): "resnet56".
 
-    weights  path of cifar10_resnet56.safetensors. Input is taken at its own size, [0, 1], ImageNet mean and std.
+    weights  path of cifar10_resnet56.safetensors, or several to look at in turn
+    Input is taken at its own size, [0, 1], ImageNet mean and std.
     """
 
-    def __init__(self, *, weights: str, batch_size: int = 250):
+    def __init__(self, *, weights: str | Sequence[str], batch_size: int = 250):
         network = CifarResNet(blocks=9)
         state = _load(network, weights, "ResNet-56 weights")
         fingerprint = tensors_hash(state, "resnet56: own size, [0, 1], ImageNet mean and std, pooled 64-d")
@@ -128,10 +129,11 @@ class TimmFeatures(FeatureExtractor):
 class EfficientNetLite0(FeatureExtractor):
     """1280-d features of ImageNet EfficientNet-Lite0, bicubic to 224 px: "efflite0".
 
-    weights  path of tf_efficientnet_lite0_in1k_fp16.safetensors (stored in float16, computed in float32)
+    weights  path of tf_efficientnet_lite0_in1k_fp16.safetensors (stored in float16, computed in float32), or several
+             to look at in turn
     """
 
-    def __init__(self, *, weights: str, batch_size: int = 50):
+    def __init__(self, *, weights: str | Sequence[str], batch_size: int = 50):
         network, dim, pre, fingerprint = _timm("tf_efficientnet_lite0", weights)
         super().__init__(name="efflite0", dim=dim, hash=fingerprint, network=network, batch_size=batch_size)
         self._preprocessing = pre
@@ -215,18 +217,25 @@ class DigitsClassifier(FeatureExtractor):
 class Pixels(FeatureExtractor):
     """The image itself, flattened, in [-1, 1]: "pixels". Sensitive to mean and low-order statistics only.
 
-    channels, resolution  of the images; dim = channels * resolution^2, keep it below a few thousand
+    channels, resolution  of the images
+    side                  images are averaged down to side x side first, None: as they are; divides the resolution
+
+    dim = channels * side^2, keep it below a few thousand.
     """
 
     classifies = False
 
-    def __init__(self, *, channels: int, resolution: int, batch_size: int = 2000):
-        if channels < 1 or resolution < 1:
-            raise UserError(f"channels and resolution of pixels must be >= 1, got {channels} and {resolution}.")
-        self._shape = (channels, resolution, resolution)
-        dim = channels * resolution**2
-        fingerprint = short_hash("pixels: v / 127.5 - 1", str(self._shape))
-        super().__init__(name="pixels", dim=dim, hash=fingerprint, network=None, batch_size=batch_size)
+    def __init__(self, *, channels: int, resolution: int, side: int | None = None, batch_size: int = 2000):
+        side = resolution if side is None else side
+        for field, value in (("channels", channels), ("resolution", resolution), ("side", side)):
+            limits.whole(f"{field} of pixels", value, least=1)
+        if resolution % side:
+            raise UserError(f"side of pixels must divide the resolution {resolution}, got {side}. Set a divisor.")
+        self._shape, self._side = (channels, resolution, resolution), side
+        name = "pixels" if side == resolution else f"pixels{side}"
+        averaged = [] if side == resolution else [f"averaged to {side}"]
+        fingerprint = short_hash("pixels: v / 127.5 - 1", str(self._shape), *averaged)
+        super().__init__(name=name, dim=channels * side**2, hash=fingerprint, network=None, batch_size=batch_size)
 
     def _extract(self, images: Tensor) -> tuple[Tensor, None]:
         if tuple(images.shape[1:]) != self._shape:
@@ -234,7 +243,7 @@ class Pixels(FeatureExtractor):
                 f"the pixels extractor was made for images (B, {', '.join(map(str, self._shape))}), got "
                 f"{tuple(images.shape)}. Set its channels and resolution."
             )
-        return from_uint8(images).flatten(1), None
+        return F.avg_pool2d(from_uint8(images), self._shape[1] // self._side).flatten(1), None
 
 
 def _three_channels(images: Tensor) -> Tensor:
@@ -249,16 +258,23 @@ def _normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
     return (images.to(torch.float32) / 255 - mean) / std
 
 
-def _load(network: nn.Module, weights: str | os.PathLike, what: str) -> dict[str, Tensor]:
-    """Copies the file into the network (as float32) and returns its tensors. Only batch counters may be missing."""
-    if not Path(weights).is_file():
-        raise UserError(f"no {what} at {weights}. Put the file there, or set weights to where it is.")
+def _load(network: nn.Module, weights: str | os.PathLike | Sequence[str], what: str) -> dict[str, Tensor]:
+    """Copies the file into the network (as float32) and returns its tensors. Only batch counters may be missing.
+
+    weights  the file, or several of which the first that exists is taken
+    """
+    places = [weights] if isinstance(weights, str | os.PathLike) else list(weights)
+    weights = next((place for place in places if Path(place).is_file()), None)
+    if weights is None:
+        raise UserError(
+            f"no {what} at {' or '.join(map(str, places))}. Put the file there, or set weights to where it is."
+        )
     state = load_tensors(weights)
     load_into(network, state, ignore=["*num_batches_tracked"], name=str(weights))
     return state
 
 
-def _timm(model: str, weights: str) -> tuple[nn.Module, int, dict, str]:
+def _timm(model: str, weights: str | Sequence[str]) -> tuple[nn.Module, int, dict, str]:
     """Network, feature width, preprocessing and hash."""
     import timm
     from timm.data import resolve_model_data_config

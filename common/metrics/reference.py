@@ -12,11 +12,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from common import limits
 from common.archives import open_npz
-from common.data.images.folder import ImageFiles
+from common.data.images.folder import ImageFolder
 from common.errors import UserError
 from common.files import refuse_lfs_pointer, sha256_file
 from common.metrics.features import FeatureExtractor
@@ -80,27 +80,32 @@ class TensorImages:
 
 
 class FolderImages:
-    """Every picture below a folder, sorted by path, square and all of the size of the first.
+    """Every picture below a folder or in a zip, sorted by path.
 
-    channels  3 reads all as RGB, 1 as grey
-    limit     use only the first pictures; None for all
+    resolution  pixels, width = height; None: that of the first picture, which must be square
+    fit         how pictures of another size become that: exact (they must not have one), center or adm, see
+                `common.data.images.folder.ImageFolder`
+    channels    3 reads all as RGB, 1 as grey
+    limit       use only the first pictures; None for all
 
     The fingerprint covers the decoded pixels. Raises UserError when the folder is missing or empty, and naming the
     picture when one cannot be read or has another size.
     """
 
-    def __init__(self, *, path: str | os.PathLike, channels: int = 3, limit: int | None = None):
-        path, self._limit = Path(path), _checked(limit)
-        if not path.is_dir():
-            raise UserError(f"no folder of images at {path}. Give an existing one.")
-        options = {"path": path, "channels": channels, "num_classes": 0, "fit": "exact"}
-        sample = ImageFiles(resolution=1, **options).where(0)
-        try:
-            with Image.open(sample) as picture:
-                width = picture.width
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow reports broken PNG chunks as SyntaxError
-            raise UserError(f"{sample} is not a readable image ({error}). Replace or delete that file.") from error
-        self._files = ImageFiles(resolution=width, **options)
+    def __init__(
+        self,
+        *,
+        path: str | os.PathLike,
+        resolution: int | None = None,
+        fit: str = "exact",
+        channels: int = 3,
+        limit: int | None = None,
+    ):
+        path, self._limit = Path(path).expanduser(), _checked(limit)
+        source = ImageFolder(path=str(path), resolution=resolution or 1, channels=channels, fit=fit)
+        if resolution is None:
+            source.resolution = source.load("train").size(0)[1]
+        self._files = source.load("train")
         self.name = path.resolve().name + _suffix(limit)
 
     @cached_property
@@ -253,9 +258,7 @@ def first(batches: Iterable[Tensor], limit: int | None) -> Iterator[Tensor]:
 
 
 def _checked(limit: int | None) -> int | None:
-    if limit is not None and limit < 1:
-        raise UserError(f"limit must be >= 1 (or null for all images), got {limit}. Set it higher.")
-    return limit
+    return limit if limit is None else limits.whole("limit", limit, least=1)
 
 
 def _suffix(limit: int | None) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.data.images.folder import ImageFolder
 from common.metrics.fid import GaussianStatistics
 from tools import fid_ref
 
@@ -51,14 +52,63 @@ def test_folder_of_images(tmp_path, capsys):
     np.testing.assert_allclose(GaussianStatistics.load(out).cov().numpy(), np.cov(flat.T), rtol=1e-5, atol=1e-8)
 
 
+def uneven(folder, seed, count=40):
+    """Pictures of mixed sizes, none of them square."""
+    folder.mkdir()
+    draws = np.random.default_rng(seed)
+    for k in range(count):
+        shape = (int(draws.integers(6, 12)), int(draws.integers(12, 20)), 3)
+        Image.fromarray(draws.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{k}.png")
+    return folder
+
+
+def test_a_number_from_two_folders_of_pictures_of_any_size(tmp_path, capsys):
+    """Against the distance computed from the fitted pixels by the formula."""
+    mine, other = uneven(tmp_path / "mine", 0), uneven(tmp_path / "other", 1)
+    words = ["--resolution", 4, "--fit", "center", "--extractor", "pixels", "--device", "cpu"]
+    code, text, _ = call(capsys, "--data", mine, "--against", other, *words)
+    flat = []
+    for folder in (mine, other):
+        files = ImageFolder(path=str(folder), resolution=4, fit="center").load("train")
+        flat.append(np.stack([files.read(index) for index in range(40)]).reshape(40, -1) / 127.5 - 1)
+    (mu, cov), (mu2, cov2) = ((x.mean(0), np.cov(x.T)) for x in flat)
+    cross = np.sqrt(np.linalg.eigvals(cov @ cov2).real.clip(0)).sum()
+    expected = ((mu - mu2) ** 2).sum() + np.trace(cov) + np.trace(cov2) - 2 * cross
+    printed = float(re.search(r"^FD-pixels +(\S+)$", text, re.M).group(1))
+    assert code == 0 and printed == pytest.approx(expected, rel=1e-4)  # six digits are printed
+    # statistics in a file give the same number, and a folder is at no distance from itself
+    assert call(capsys, "--data", other, "--out", tmp_path / "other.npz", *words)[0] == 0
+    _, again, _ = call(capsys, "--data", mine, "--against", tmp_path / "other.npz", *words)
+    assert float(re.search(r"^FD-pixels +(\S+)$", again, re.M).group(1)) == pytest.approx(printed, rel=1e-5)
+    _, same, _ = call(capsys, "--data", mine, "--against", mine, *words)
+    assert abs(float(re.search(r"^FD-pixels +(\S+)$", same, re.M).group(1))) < 1e-6
+
+
+def test_pictures_that_are_not_square_name_options_that_exist(tmp_path, capsys):
+    code, _, err = call(
+        capsys, "--data", uneven(tmp_path / "mine", 0, 2), "--extractor", "pixels", "--against", "digits"
+    )
+    assert code == 2 and "Give --fit center" in err and "--resolution" in err and "data." not in err
+
+
+def test_the_data_root_of_the_environment_is_used(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "sets"))
+    code, _, err = call(capsys, "--data", "cifar10", "--out", tmp_path / "a.npz")
+    assert code == 2 and str(tmp_path / "sets") in err
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--data", "cifar1O", "--out", "a.npz"], "Closest: cifar10"),
+        (["--data", "digits"], "--out or --against is missing"),
         (["--data", "digits", "--out", "a.pkl"], r"--out must end in \.npz"),
         (["--data", "digits", "--out", "a.npz", "--split", "val"], "train, test, got 'val'"),
-        (["--data", "digits", "--out", "a.npz", "--limit", "0"], "limit must be >= 1"),
-        (["--data", "digits", "--out", "a.npz", "--batch-size", "0"], "--batch-size must be >= 1, got 0"),
+        (["--data", "digits", "--out", "a.npz", "--limit", "0"], "--limit must be a whole number >= 1, got 0"),
+        (
+            ["--data", "digits", "--out", "a.npz", "--batch-size", "0"],
+            "--batch-size must be a whole number >= 1, got 0",
+        ),
         (["--data", "digits", "--out", "a.npz", "--extractor", "resnet65"], "Closest: resnet56"),
         (["--data", "digits", "--out", "a.npz", "--extractor", "timm:resnet18"], "needs --weights"),
         (["--data", "digits", "--out", "a.npz", "--extractor", "inception"], "weights-inception-2015-12-05-6726825d"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common import limits
 from common.archives import open_zip
-from common.data.pictures import is_hidden, is_picture, list_pictures, read_member, read_picture
+from common.data.pictures import is_hidden, is_picture, list_pictures, picture_size, read_member, read_picture
 from common.data.source import UNREADABLE, check_split
 from common.errors import UserError
 
@@ -126,8 +126,7 @@ class ImageFiles:
 
     def read(self, index: int) -> np.ndarray:
         """Picture `index`, uint8 (C, H, W). Raises UserError naming its path when it cannot be decoded."""
-        what = f"Image {index} of the data set, {self.where(index)},"
-        fix = "Replace or delete that file."
+        what, fix = self._words(index)
         picture = read_picture(self._source(index, what, fix), what=what, fix=fix, channels=self.channels)
         if self.fit != "exact":
             picture = _fit(picture, self.resolution, self.fit)
@@ -139,6 +138,11 @@ class ImageFiles:
             )
         pixels = np.asarray(picture)
         return pixels[None].copy() if self.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of picture `index` as it is stored. Raises UserError as `read`."""
+        what, fix = self._words(index)
+        return picture_size(self._source(index, what, fix), what=what, fix=fix)
 
     @property
     def numbered(self) -> bool:
@@ -157,6 +161,10 @@ class ImageFiles:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_zips": {}}
+
+    def _words(self, index: int) -> tuple[str, str]:
+        """How a message names picture `index`, and what to do when it cannot be read."""
+        return f"Image {index} of the data set, {self.where(index)},", "Replace or delete that file."
 
     def _source(self, index: int, what: str, fix: str) -> Path | bytes:
         if not self.path.is_file():

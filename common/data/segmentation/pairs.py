@@ -58,16 +58,26 @@ class Pairs:
     masks    the same of the masks, in the same order: PNGs of one channel, or SBD's .mat files
     table    see `label_table`
     archive  zip that holds both, None for files
+    colours  (red, green, blue) that stand for the values 0, 1, ... of `table` in masks that are colour pictures; None:
+             masks hold the values
 
     Raises UserError when there is no pair.
     """
 
     def __init__(
-        self, *, name: str, images: list[str], masks: list[str], table: np.ndarray, archive: Path | None = None
+        self,
+        *,
+        name: str,
+        images: list[str],
+        masks: list[str],
+        table: np.ndarray,
+        archive: Path | None = None,
+        colours: Sequence[tuple[int, int, int]] | None = None,
     ):
         if not images:
             raise UserError(f"{name} holds no pictures. Check data.root and the list of the split.")
         self.name, self.images, self.masks, self.table, self.archive = name, images, masks, table, archive
+        self._codes = None if colours is None else np.array([_code(np.array(colour)) for colour in colours])
         self._zips: dict[int, zipfile.ZipFile] = {}
 
     def __len__(self) -> int:
@@ -117,6 +127,8 @@ class Pairs:
     def fingerprint(self) -> str:
         """16 hex digits: names with sizes and, in a zip, checksums; reading every file would take minutes."""
         digest = hashlib.sha256(self.table.tobytes())
+        if self._codes is not None:
+            digest.update(self._codes.tobytes())
         for name in (*self.images, *self.masks):
             digest.update(f"{Path(name).name} {self._mark(name)}\n".encode())
         return digest.hexdigest()[:16]
@@ -131,6 +143,8 @@ class Pairs:
         return f"{info.file_size}-{info.CRC:08x}"
 
     def _values(self, name: str, what: str) -> np.ndarray:
+        if self._codes is not None:
+            return self._numbers_of_colours(np.array(read_picture(self._source(name, what), what=what)), what)
         if not name.endswith(".mat"):
             return read_values(self._source(name, what), what=what)
         from scipy.io import loadmat  # SBD: a struct with one field of interest
@@ -139,6 +153,21 @@ class Pairs:
             return np.asarray(loadmat(name)["GTcls"][0]["Segmentation"][0])
         except (*UNREADABLE, NotImplementedError) as error:
             raise UserError(f"{what} cannot be read ({reason_of(error, name)}). {INTACT}") from error
+
+    def _numbers_of_colours(self, pixels: np.ndarray, what: str) -> np.ndarray:
+        """uint8 (H, W, 3) -> the number of each colour (H, W). Raises UserError for one that is not listed."""
+        codes, order = _code(pixels), np.argsort(self._codes)
+        places = np.searchsorted(self._codes, codes, sorter=order).clip(max=len(order) - 1)
+        numbers = order[places]
+        wrong = self._codes[numbers] != codes
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0].tolist()
+            raise UserError(
+                f"{what} holds the colour {' '.join(map(str, pixels[row, column]))} in row {row}, column {column}, "
+                "which is no class. List it among the classes, or set data.source.ignore to it. JPEG changes colours: "
+                "save masks as PNG."
+            )
+        return numbers
 
     def _source(self, name: str, what: str) -> Path | bytes:
         return read_member(self._zip(), name, what=what) if self.archive else Path(name)
@@ -149,6 +178,11 @@ class Pairs:
         if process not in self._zips:
             self._zips[process] = open_zip(self.archive)
         return self._zips[process]
+
+
+def _code(colours: np.ndarray) -> np.ndarray:
+    """(..., 3) of 0..255 -> (...) one number for each colour."""
+    return colours.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
 
 
 def check_pairs(pairs: Pairs, count: int | None) -> None:

@@ -251,10 +251,27 @@ def test_pixels_are_the_image_in_minus_one_to_one():
     assert extractor.hash != Pixels(channels=1, resolution=3).hash
     with pytest.raises(UserError, match="Set its channels and resolution"):
         extractor(some_images(1, 3, 2, 2))
-    with pytest.raises(UserError, match="must be >= 1, got 0 and 2"):
+    with pytest.raises(UserError, match="channels of pixels must be a whole number >= 1, got 0"):
         Pixels(channels=0, resolution=2)
 
 
 def test_batch_size_must_be_positive():
-    with pytest.raises(UserError, match="batch_size of the pixels extractor must be >= 1, got 0"):
+    with pytest.raises(UserError, match="batch_size of the pixels extractor must be a whole number >= 1, got 0"):
         Pixels(channels=1, resolution=2, batch_size=0)
+
+
+def test_averaged_pixels_are_means_of_blocks():
+    images = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4)
+    extractor = Pixels(channels=1, resolution=4, side=2)
+    assert extractor.name == "pixels2" and extractor.metric == "FD-pixels2" and extractor.dim == 4
+    torch.testing.assert_close(extractor(images), torch.tensor([[2.5, 4.5, 10.5, 12.5]]) / 127.5 - 1)
+    assert extractor.hash != Pixels(channels=1, resolution=4).hash
+    with pytest.raises(UserError, match="side of pixels must divide the resolution 4, got 3"):
+        Pixels(channels=1, resolution=4, side=3)
+
+
+def test_weights_are_taken_from_the_first_place_that_has_them(data_root):
+    there = str(data_root / "weights" / "cifar10_resnet56.safetensors")
+    assert CifarResNet56(weights=["nowhere/a.safetensors", there]).hash == CifarResNet56(weights=there).hash
+    with pytest.raises(UserError, match="no ResNet-56 weights at a/x or b/x"):
+        CifarResNet56(weights=["a/x", "b/x"])
