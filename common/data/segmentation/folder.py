@@ -50,8 +50,7 @@ class SegmentationFolder:
         self.root, self.name, self.held_out = Path(root).expanduser(), name, held_out
         self.classes = self.root / "classes.txt" if classes is None else Path(classes).expanduser()
         for value in ignore if isinstance(ignore, list) else [] if ignore is None else [ignore]:
-            limits.whole("data.source.ignore", value)
-            limits.number("data.source.ignore", value, most=255)
+            limits.whole("data.source.ignore", value, most=255)
         if isinstance(ignore, list) and len(ignore) != 3:
             raise UserError(f"data.source.ignore must be a number or [red, green, blue], got {ignore}.")
         self.ignore = ignore
