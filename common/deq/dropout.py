@@ -1,11 +1,11 @@
-"""Variational dropout: one mask per sample, kept for the whole solve, so that the map stays one map.
+"""Variational dropout: one mask per sample for the whole solve, so that the map does not change between solver steps.
 
 A mask is drawn at the first use after `reset` (common.deq.layers.reset), from torch's global generator, on the device
-and in the dtype of the input, and then used by every solver step and gradient step. Gal and Ghahramani
+and in the data type of the input. Every solver step and gradient step then uses it. Gal and Ghahramani
 (arXiv 1512.05287); in equilibrium models Bai et al. (arXiv 1909.01377).
 
-When the solver takes converged samples out of the batch, the mask of each sample must go with it: draw it outside and
-pass it among `args`, whose rows follow their samples:
+A solver that takes converged samples out of the batch must take their rows of the mask, too. For that, draw the mask
+before the solve and pass it in `args`, from which the solver selects the rows of the samples that are left:
 
     mask = self.drop.mask_for(z0)
     deq(lambda z, x, mask: self.cell(z, x, mask), z0, args=(x, mask))     # inside the cell: self.drop(h, mask)
@@ -18,10 +18,10 @@ from common.errors import UserError
 
 
 class VariationalMask(nn.Module):
-    """Interface of all classes below: multiply by a mask that is kept until `reset`.
+    """Base class of all dropout layers below: multiplies by a mask that is kept until `reset`.
 
-    dropout   probability of a zero, 0 to 1; what stays is divided by 1 - dropout
-    Evaluation mode or dropout=0: the identity.
+    dropout   probability of a zero, 0 to 1; the other entries are divided by 1 - dropout
+    In evaluation mode, or with dropout=0, the layer is the identity.
     """
 
     def __init__(self, dropout: float):
@@ -31,17 +31,17 @@ class VariationalMask(nn.Module):
                 f"dropout must be between 0 and 1, got {dropout}. Set dropout to a probability such as 0.1."
             )
         self.dropout = dropout
-        # No buffer: a mask belongs to this process and this step, and must not be saved or sent to other processes.
+        # Not a buffer: a mask is valid in one process for one step. It must not be saved or sent to other processes.
         self.mask: Tensor | None = None
 
     def mask_shape(self, x: Tensor) -> tuple[int, ...]:
-        """Shape of the mask for an input x (B, ...): B rows, 1 on the axes that share a decision."""
+        """Shape of the mask for an input x (B, ...): B rows, and size 1 on each axis that shares one decision."""
         raise NotImplementedError
 
     def mask_for(self, x: Tensor) -> Tensor:
-        """A fresh mask for x: mask_shape(x), 0 or 1/(1 - dropout); ones where the layer is the identity.
+        """A new mask for x of shape mask_shape(x): entries 0 or 1/(1 - dropout); ones if the layer is the identity.
 
-        Only shape, device, dtype and memory layout of x matter. The mask is returned, not kept.
+        Only shape, device, dtype and memory layout of x are used. The layer does not keep this mask.
         """
         shape = self.mask_shape(x)
         if not self.training or self.dropout == 0:
@@ -57,8 +57,8 @@ class VariationalMask(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x times the mask, same shape.
 
-        x     (B, ...) as the class says
-        mask  mask_for(x), its rows selected like those of x; None: the kept mask, drawn now if there is none
+        x     (B, ...), the axes as described by the class
+        mask  mask_for(x) with the same rows selected as in x. None: the kept mask, drawn now if there is none
         Raises UserError when the mask has another number of rows than x.
         """
         if not self.training or self.dropout == 0:
@@ -78,7 +78,7 @@ class VariationalMask(nn.Module):
         self.mask = _plain(self.mask_for(x))
 
     def reset(self) -> None:
-        """Let the kept mask go: the next use draws a new one."""
+        """Discard the kept mask. The next use draws a new one."""
         self.mask = None
 
     def _refuse(self, x: Tensor, mask: Tensor, kept: bool) -> None:
@@ -97,14 +97,14 @@ class VariationalMask(nn.Module):
 
 
 def _plain(mask: Tensor) -> Tensor:
-    """A mask drawn inside jvp or grad of torch.func as a tensor that outlives them."""
+    """The plain tensor inside a mask that was drawn under jvp or grad of torch.func, so that it can be kept."""
     while not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(mask):
         mask = torch._C._functorch.get_unwrapped(mask)
     return mask
 
 
 class VariationalDropout(VariationalMask):
-    """Drops single entries: x (B, ...) of any shape, one decision per entry."""
+    """Drops single entries of x (B, ...) of any shape, each independently."""
 
     def __init__(self, dropout: float = 0.5):
         super().__init__(dropout)
@@ -113,64 +113,64 @@ class VariationalDropout(VariationalMask):
         return tuple(x.shape)
 
 
-class _Axes(VariationalMask):
-    """What channel and token dropout share: a batch axis, `places` axes of tokens and one of channels.
+class _ChannelOrTokenDropout(VariationalMask):
+    """Base class of channel and token dropout: x has a batch axis, `token_axes` axes of tokens and one of channels.
 
     token_first   True: (B, tokens..., channels); False: (B, channels, tokens...)
     """
 
-    places: int
-    drops_channels: bool
+    token_axes: int
+    drops_channels: bool  # True: one decision per channel, for all tokens; False: one per token, for all channels
 
     def __init__(self, dropout: float = 0.5, token_first: bool = True):
         super().__init__(dropout)
         self.token_first = token_first
 
     def mask_shape(self, x: Tensor) -> tuple[int, ...]:
-        if x.ndim != self.places + 2:
+        if x.ndim != self.token_axes + 2:
             raise UserError(
-                f"{type(self).__name__} takes {self.places + 2} axes (batch, channels and {self.places} of tokens), "
-                f"got shape {tuple(x.shape)}. Use the class whose number equals the token axes."
+                f"{type(self).__name__} takes {self.token_axes + 2} axes (batch, channels and {self.token_axes} of "
+                f"tokens), got shape {tuple(x.shape)}. Use the class whose number is the number of token axes."
             )
         batch, *rest = x.shape
-        channel = self.places if self.token_first else 0
+        channel = self.token_axes if self.token_first else 0
         return batch, *(size if (axis == channel) == self.drops_channels else 1 for axis, size in enumerate(rest))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, token_first={self.token_first}"
 
 
-class VariationalDropout1d(_Axes):
+class VariationalDropout1d(_ChannelOrTokenDropout):
     """Drops whole channels of x (B, L, D), or (B, D, L) with token_first=False."""
 
-    places, drops_channels = 1, True
+    token_axes, drops_channels = 1, True
 
 
-class VariationalDropout2d(_Axes):
+class VariationalDropout2d(_ChannelOrTokenDropout):
     """Drops whole channels of x (B, H, W, D), or (B, D, H, W) with token_first=False."""
 
-    places, drops_channels = 2, True
+    token_axes, drops_channels = 2, True
 
 
-class VariationalDropout3d(_Axes):
+class VariationalDropout3d(_ChannelOrTokenDropout):
     """Drops whole channels of x (B, T, H, W, D), or (B, D, T, H, W) with token_first=False."""
 
-    places, drops_channels = 3, True
+    token_axes, drops_channels = 3, True
 
 
-class VariationalDropToken1d(_Axes):
+class VariationalDropToken1d(_ChannelOrTokenDropout):
     """Drops whole tokens of x (B, L, D), or (B, D, L) with token_first=False."""
 
-    places, drops_channels = 1, False
+    token_axes, drops_channels = 1, False
 
 
-class VariationalDropToken2d(_Axes):
+class VariationalDropToken2d(_ChannelOrTokenDropout):
     """Drops whole tokens of x (B, H, W, D), or (B, D, H, W) with token_first=False."""
 
-    places, drops_channels = 2, False
+    token_axes, drops_channels = 2, False
 
 
-class VariationalDropToken3d(_Axes):
+class VariationalDropToken3d(_ChannelOrTokenDropout):
     """Drops whole tokens of x (B, T, H, W, D), or (B, D, T, H, W) with token_first=False."""
 
-    places, drops_channels = 3, False
+    token_axes, drops_channels = 3, False

@@ -1,11 +1,12 @@
-"""How an equilibrium is differentiated, chosen independently of the solver that found it.
+"""Gradient rules: how an equilibrium is differentiated. The rule does not depend on the solver that found it.
 
-With J = df/dz and P = df/dtheta at z* and g = dL/dz* (row vectors), the exact gradient of a fixed point is
+J = df/dz and P = df/dtheta are taken at z*; g = dL/dz* is a row vector. The exact gradient of a fixed point is
 
     dL/dtheta = g (I - J)^-1 P                                   (implicit function theorem)
 
-Every rule here replaces (I - J)^-1 P by something computable: On Training Implicit Models (arXiv 2111.05177).
-The solution enters as a constant, so a gradient with respect to z0 is zero for every rule but `Backprop`.
+Each rule computes this product, or replaces (I - J)^-1 P by a matrix that costs less, as proposed in On Training
+Implicit Models (phantom gradient, arXiv 2111.05177). All rules but `Backprop` treat the solution as a constant, so
+their gradient with respect to z0 is zero.
 """
 
 import warnings
@@ -17,37 +18,39 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from common.deq.problem import Problem
-from common.deq.recompute import AsBefore, mem_gc
+from common.deq.recompute import RestoreHeldState, mem_gc
 from common.deq.solution import Solution
 from common.deq.solve import _iterate, solve
 from common.deq.solvers import Broyden, Picard, Solver
 from common.deq.structure import Layout, State
 from common.errors import UserError
 
-# Products with J walk one graph many times, so a compiled f must not give its buffers away in the first. Has to be off
-# before f is compiled and stay off: torch looks at the switch again in each backward pass.
+# Implicit, Neumann and Shine go backward through one graph of f several times. A compiled f with donated buffers frees
+# its saved tensors in the first backward pass. The switch must be off before f is compiled and stay off, because torch
+# reads it again in each backward pass.
 functorch.donated_buffer = False
 
 
 class Gradient(ABC):
-    """Abstract: `attach` turns a constant solution into states that autograd can differentiate."""
+    """Abstract base of the gradient rules: `attach` turns a constant solution into states with a gradient."""
 
-    needs_solver_state = False  # True: the forward solver's history is used, so samples must not leave the batch
-    replaces_solver = False  # True: `run` is the forward pass, too
+    needs_solver_state = False  # True: the rule reads the forward solver's history, so samples must stay in the batch
+    replaces_solver = False  # True: the rule's `run` is the forward pass; no solver runs
 
     @abstractmethod
     def attach(self, fn: Callable, z: State, args: Sequence | None, *, solution: Solution | None = None) -> list[State]:
-        """States with gradient, the last one is the layer's output; z is the solution, a constant."""
+        """States with a gradient; the last one is the output of the layer.
+
+        fn, args  the map, called as fn(z, *args)
+        z         the solution, structure of the state; used as a constant
+        solution  the record of the forward solve, for rules with needs_solver_state
+        """
 
 
-def _detach(z: State) -> State:
-    return pytree.tree_map(lambda leaf: leaf.detach(), z)
-
-
-def _flat(fn: Callable, z: State, args: Sequence | None) -> tuple[Problem, Layout, Tensor]:
+def flatten_state(fn: Callable, z: State, args: Sequence | None) -> tuple[Problem, Layout, Tensor]:
+    """(map on matrices (B, D), layout of z, z as a constant matrix (B, D))."""
     layout = Layout.of(z)
     return Problem(fn, layout, args), layout, layout.pack(z).detach()
 
@@ -59,41 +62,50 @@ def _check_steps(steps: int, tau: float) -> None:
         raise UserError(f"grad.tau must lie in (0, 1], got {tau}. 1 is undamped; the paper uses 0.5 to 0.7 for MDEQ.")
 
 
-def _damped(problem: Problem, z: Tensor, tau: float, recompute: bool) -> Tensor:
-    """tau f(z) + (1 - tau) z; with `recompute` only z is kept for the backward pass."""
+def _damped_step(problem: Problem, z: Tensor, tau: float, recompute: bool) -> Tensor:
+    """tau f(z) + (1 - tau) z. With `recompute` the graph stores z only, and the backward pass evaluates f again."""
     fz = mem_gc(problem, (z,), module=problem.fn) if recompute else problem(z)
     return fz if tau == 1 else torch.lerp(z, fz, tau)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneStep(Gradient):
-    """One differentiable application at the solution: (I - J)^-1 replaced by I. Also known as Jacobian-free.
+    """One-step gradient: one differentiable evaluation of f at the solution. (I - J)^-1 is replaced by I.
 
-    Hamburger's one-step gradient (arXiv 2109.04553) and the phantom gradient with steps 1, tau 1.
-    recompute  keep only the state and evaluate f again in the backward pass: with several states, the activations of
-               one of them at a time
+        dL/dtheta = g P
+
+    Also called Jacobian-free backpropagation (arXiv 2103.12803). It is Hamburger's one-step gradient (arXiv 2109.04553)
+    and the phantom gradient with steps=1, tau=1.
+
+    recompute  store only the state and evaluate f again in the backward pass. With several states, the activations of
+               one state at a time are in memory
     """
 
     recompute: bool = False
 
     def attach(self, fn, z, args, *, solution=None):
-        problem, layout, flat = _flat(fn, z, args)
-        return [layout.unpack(_damped(problem, flat, 1, self.recompute))]
+        problem, layout, flat = flatten_state(fn, z, args)
+        return [layout.unpack(_damped_step(problem, flat, 1, self.recompute))]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unrolled(Gradient):
     """Phantom gradient, unrolled (UPG): `steps` damped differentiable steps from the detached solution.
 
-        z_0 = stop(z*),  z_{t+1} = tau f(z_t) + (1 - tau) z_t;   output z_steps      (2111.05177, section 4)
+        z_0 = stop(z*),  z_{t+1} = tau f(z_t) + (1 - tau) z_t;   output z_k,  k = steps    (arXiv 2111.05177, section 4)
+
+    Autograd through these k steps gives
+
+        dL/dtheta = g tau sum_{t=0}^{k-1} B(z_{k-1}) ... B(z_{t+1}) P(z_t),   B(z) = tau J(z) + (1 - tau) I
 
     steps      k >= 1
-    tau        damping in (0, 1]; also scales the gradient: near tau for steps 1
-    gap        also return every gap-th state, for supervision along the way (torchdeq's sup_gap); None: only the last
-    at         also return these states, 1 .. steps (torchdeq's sup_loc); not together with gap
-    recompute  keep only the states and evaluate f again in the backward pass: memory of one step instead of `steps`
+    tau        damping in (0, 1]; it also scales the gradient: by tau when steps = 1
+    gap        return every gap-th state as well, for losses on intermediate states (TorchDEQ's sup_gap). None: only the
+               last state
+    at         return the states after these steps as well, each in 1 .. steps (TorchDEQ's sup_loc); excludes gap
+    recompute  store only the states and evaluate f again in the backward pass: activations of one step, not of all
 
-    Memory: the graphs of `steps` evaluations.
+    Memory: the graphs of `steps` evaluations of f.
     """
 
     steps: int = 5
@@ -112,21 +124,23 @@ class Unrolled(Gradient):
             raise UserError("grad.gap and grad.at exclude each other. Set one of them.")
 
     def attach(self, fn, z, args, *, solution=None):
-        problem, layout, flat = _flat(fn, z, args)
-        wanted = set(range(self.gap, self.steps + 1, self.gap)) if self.gap else set(self.at)
+        problem, layout, flat = flatten_state(fn, z, args)
+        returned_steps = set(range(self.gap, self.steps + 1, self.gap)) if self.gap else set(self.at)
         states = []
         for step in range(1, self.steps + 1):
-            flat = _damped(problem, flat, self.tau, self.recompute)
-            if step in wanted or step == self.steps:
+            flat = _damped_step(problem, flat, self.tau, self.recompute)
+            if step in returned_steps or step == self.steps:
                 states.append(layout.unpack(flat))
         return states
 
 
-class _RefuseSecond(torch.autograd.Function):
-    """rows, with a derivative that is refused: the rules below give first derivatives only.
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """Identity on `rows` whose backward raises: the rules below give first derivatives only.
 
-    rows come from a solve without autograd. What they depend on, the incoming gradient and through f every parameter
-    and input, is passed as inputs, so that a second differentiation by any of these calls `backward`.
+    rows   (B, D) the gradient that the rule computed without autograd
+    grad   (B, D) and
+    image  (B, D): `rows` depends on the incoming gradient and, through f, on every parameter and input. Both are inputs
+           of this Function, so a second differentiation with respect to any of these calls `backward`
     """
 
     @staticmethod
@@ -141,11 +155,13 @@ class _RefuseSecond(torch.autograd.Function):
         )
 
 
-def _replace_gradient(problem: Problem, flat: Tensor, rule: Callable) -> Tensor:
-    """f(flat), whose incoming gradient g is replaced by rule(vjp, g) before it goes on to the parameters.
+def replace_gradient(problem: Problem, flat: Tensor, rule: Callable) -> Tensor:
+    """f(flat), (B, D). The backward pass replaces the incoming gradient g by rule(vjp, g) and multiplies that by P.
 
-    rule  (v -> v J, g) -> rows (B, D)
-    One evaluation of f and its graph, whatever the rule does. Under autocast the graph has the forward's types.
+    rule  (vjp, g) -> rows (B, D), with vjp: v (B, D) -> v J (B, D)
+
+    f is evaluated once and its graph is kept for all products with J. Under autocast the products use the data types of
+    that evaluation.
     """
     point = flat.requires_grad_()
     image = problem(point)
@@ -153,13 +169,13 @@ def _replace_gradient(problem: Problem, flat: Tensor, rule: Callable) -> Tensor:
         return image
 
     def hook(grad):
-        if grad is None:  # nothing came back along this output
+        if grad is None:  # the loss does not depend on this output
             return None
         with torch.no_grad():
             rows = rule(lambda v: _vjp(image, point, v), grad)
-        return _RefuseSecond.apply(rows, grad, image) if torch.is_grad_enabled() else rows
+        return _RefuseSecondDerivative.apply(rows, grad, image) if torch.is_grad_enabled() else rows
 
-    # the hook sits behind the image: inside it, products with J start at the image itself and do not meet it again
+    # The hook is on a view of the image. Products with J inside the hook start at the image, so they do not call it.
     image = image.contiguous()
     output = image.view_as(image)
     output.register_hook(hook)
@@ -167,20 +183,23 @@ def _replace_gradient(problem: Problem, flat: Tensor, rule: Callable) -> Tensor:
 
 
 def _vjp(image: Tensor, point: Tensor, rows: Tensor) -> Tensor:
+    """rows times J = d image / d point, (B, D); zeros where f ignores its state."""
     (product,) = torch.autograd.grad(image, point, rows, retain_graph=True, allow_unused=True)
     return torch.zeros_like(point) if product is None else product
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neumann(Gradient):
-    """Phantom gradient by a truncated damped Neumann series (NPG), everything at the solution.
+    """Phantom gradient from a truncated, damped Neumann series (NPG). J and P are both taken at the solution.
 
-        dL/dtheta = g tau (I + B + ... + B^{k-1}) P,  B = tau J + (1 - tau) I           (2111.05177, section 4)
+        dL/dtheta = g tau (I + B + ... + B^{k-1}) P,  B = tau J + (1 - tau) I       (arXiv 2111.05177, section 4)
+
+    I - B = tau (I - J). So tau (I + B + B^2 + ...) = (I - J)^-1 where the spectral radius of B is below 1.
 
     steps  k >= 1: k - 1 vector-Jacobian products and one product with P
-    tau    damping in (0, 1]; as k grows the limit is the exact gradient for every tau
+    tau    damping in (0, 1]. The limit for large k is the exact gradient, whatever tau is
 
-    Memory: the graph of one evaluation, independent of k. The output is f(z*).
+    Memory: the graph of one evaluation of f, independent of k. The output is f(z*).
     """
 
     steps: int = 5
@@ -190,62 +209,67 @@ class Neumann(Gradient):
         _check_steps(self.steps, self.tau)
 
     def attach(self, fn, z, args, *, solution=None):
-        problem, layout, flat = _flat(fn, z, args)
+        problem, layout, flat = flatten_state(fn, z, args)
 
         def series(vjp, grad):
-            term, total = grad, grad
+            term, total = grad, grad  # g B^i and the sum of the terms so far
             for _ in range(self.steps - 1):
-                product = vjp(term)
+                product = vjp(term)  # g B^i J;  g B^{i+1} = tau (g B^i J) + (1 - tau) g B^i
                 term = product if self.tau == 1 else torch.lerp(term, product, self.tau)
                 total = total + term
             return self.tau * total
 
-        return [layout.unpack(_replace_gradient(problem, flat, series))]
+        return [layout.unpack(replace_gradient(problem, flat, series))]
 
 
-BACKWARD = Picard(max_iter=40, tol=1e-6)
+BACKWARD_SOLVER = Picard(max_iter=40, tol=1e-6)
 
 
 class Implicit(Gradient):
-    """Exact gradient by the implicit function theorem: the backward pass solves y = y J + g, then goes through P.
+    """Exact gradient by the implicit function theorem. The backward pass solves a linear fixed-point system:
 
-    solver     of the backward system, any of `common.deq.solvers`, with its own budget and tolerance
-    recompute  False: the graph of f(z*) is kept (a hook on the output); True: f is evaluated again in the backward pass
-               (an autograd Function), which also serves a compiled fn and costs one evaluation more
-    throw      raise NotConverged when the backward solve misses its tolerance
+        y = y J + g,   that is y = g (I - J)^-1;      dL/dtheta = y P
 
-    report     Solution of the last backward solve; `on_report(solution)` is called with each when set
+    solver     solver of the backward system, any of `common.deq.solvers`, with its own max_iter and tolerance
+    recompute  False: the graph of f(z*) is kept, and a hook on the output runs the backward solve. True: an autograd
+               Function evaluates f again in the backward pass, one evaluation more; this also works for a compiled fn
+    throw      raise NotConverged when the backward solve does not reach its tolerance
 
-    Exact when both solves converge; a backward solve that diverges warns, unless its solver has stop=never. Memory: the
-    graph of one evaluation, independent of both solvers' steps. Second derivatives are refused with an error.
+    report     attribute: Solution of the last backward solve
+    on_report  attribute: if set, it is called with the Solution of each backward solve
+
+    The gradient is exact when both solves converge. A backward solve that diverges warns, unless its solver has
+    stop="never". Memory: the graph of one evaluation, whatever number of steps the two solvers take. Second derivatives
+    raise UserError.
     """
 
-    def __init__(self, *, solver: Solver = BACKWARD, recompute: bool = False, throw: bool = False):
+    def __init__(self, *, solver: Solver = BACKWARD_SOLVER, recompute: bool = False, throw: bool = False):
         self.solver, self.recompute, self.throw = solver, recompute, throw
         self.report: Solution | None = None
         self.on_report: Callable[[Solution], None] | None = None
 
     def attach(self, fn, z, args, *, solution=None):
-        problem, layout, flat = _flat(fn, z, args)
+        problem, layout, flat = flatten_state(fn, z, args)
         if self.recompute:
-            return [layout.unpack(_recomputed(problem, flat, self._rows))]
-        return [layout.unpack(_replace_gradient(problem, flat, self._rows))]
+            return [layout.unpack(replace_gradient_by_recomputing(problem, flat, self._solve_backward))]
+        return [layout.unpack(replace_gradient(problem, flat, self._solve_backward))]
 
-    def _rows(self, vjp: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
-        # From y = g, the first iterate from 0. A gradient that is not finite stays so: loss scaling looks for it.
+    def _solve_backward(self, vjp: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
+        # The solve starts at y = g, the first iterate from y = 0. Rows of g that are not finite are returned unchanged:
+        # loss scaling (torch.amp.GradScaler) detects an overflow by them.
         finite = torch.isfinite(grad).all(dim=1, keepdim=True)
         start = torch.where(finite, grad, 0.0)
-        found = solve(lambda y: vjp(y) + start, start, solver=self.solver, throw=self.throw)
-        self.report = found.detached()
+        solution = solve(lambda y: vjp(y) + start, start, solver=self.solver, throw=self.throw)
+        self.report = solution.detached()
         self._warn_of_divergence(self.report)
         if self.on_report is not None:
             self.on_report(self.report)
-        rows = found.z
-        assert isinstance(rows, Tensor)
-        return torch.where(finite, rows, grad)
+        y = solution.z
+        assert isinstance(y, Tensor)
+        return torch.where(finite, y, grad)
 
     def _warn_of_divergence(self, report: Solution) -> None:
-        # a solver with stop="never" never synchronises, so nothing is read here either
+        # A solver with stop="never" does not wait for the device. Reading its residuals here would.
         if self.solver.stop == "never" or not self.solver.max_iter or isinstance(report.converged, FakeTensor):
             return
         if not bool(report.converged.all()) and report.diverged():
@@ -253,13 +277,13 @@ class Implicit(Gradient):
 
 
 class Shine(Gradient):
-    """SHINE (arXiv 2106.00553): the inverse estimated by the forward Broyden solve serves the backward pass.
+    """SHINE (arXiv 2106.00553): the backward pass reuses the inverse Jacobian that the forward Broyden solve estimated.
 
-        y = g (I - J)^-1  is replaced by  -g H,  H = Broyden's estimate of (J - I)^-1
+        y = g (I - J)^-1 = -g (J - I)^-1   is replaced by   -g H,   H = Broyden's estimate of (J - I)^-1
 
-    refine  steps of y <- y J + g from there; 0: none, so the backward pass needs no product with J at all
+    refine  further steps y <- y J + g, starting from that y. 0: no product with J in the backward pass
 
-    Needs `Broyden` as forward solver. Its memory must outlive the forward pass: 2 x pairs states.
+    The forward solver must be `Broyden`. Its history, 2 x pairs states, is kept until the backward pass.
     """
 
     needs_solver_state = True
@@ -273,7 +297,7 @@ class Shine(Gradient):
         state = solution.solver_state if solution is not None else None
         if not state or "inverse" not in state:
             raise UserError("Shine reuses the inverse of a Broyden solve. Set solver to common.deq.solvers.Broyden.")
-        problem, layout, flat = _flat(fn, z, args)
+        problem, layout, flat = flatten_state(fn, z, args)
         history = {key: state[key] for key in ("s", "a", "inverse")}
 
         def rows(vjp, grad):
@@ -283,47 +307,50 @@ class Shine(Gradient):
                 y = vjp(y) + grad
             return y
 
-        return [layout.unpack(_replace_gradient(problem, flat, rows))]
+        return [layout.unpack(replace_gradient(problem, flat, rows))]
 
 
-class _Recomputed(torch.autograd.Function):
-    """The identity on the image of f; its backward evaluates f once more to get products with J."""
+class _RecomputeInBackward(torch.autograd.Function):
+    """Identity on the image of f. Its backward evaluates f again, with a graph, to compute products with J."""
 
     @staticmethod
     def forward(ctx, image, point, problem, rule):
         ctx.problem, ctx.rule, ctx.autocast = problem, rule, _autocast_state(point.device.type)
-        ctx.before = AsBefore(problem.fn)
+        ctx.held_state = RestoreHeldState(problem.fn)
         ctx.save_for_backward(point)
         return image.view_as(image)
 
     @staticmethod
     def backward(ctx, grad):
         (saved,) = ctx.saved_tensors
-        with ctx.before, torch.enable_grad(), torch.autocast(saved.device.type, **ctx.autocast):
+        with ctx.held_state, torch.enable_grad(), torch.autocast(saved.device.type, **ctx.autocast):
             point = saved.detach().requires_grad_()
             image = ctx.problem(point)
         with torch.no_grad():
             rows = ctx.rule(lambda v: _vjp(image, point, v), grad.detach())
-        return (_RefuseSecond.apply(rows, grad, image) if torch.is_grad_enabled() else rows), None, None, None
+        return (_RefuseSecondDerivative.apply(rows, grad, image) if torch.is_grad_enabled() else rows), None, None, None
 
 
 def _autocast_state(device: str) -> dict:
     return {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
 
 
-def _recomputed(problem: Problem, flat: Tensor, rule: Callable) -> Tensor:
-    return _Recomputed.apply(problem(flat), flat, problem, rule)
+def replace_gradient_by_recomputing(problem: Problem, flat: Tensor, rule: Callable) -> Tensor:
+    """As `replace_gradient`, but no graph of f is kept: the backward pass evaluates f again."""
+    return _RecomputeInBackward.apply(problem(flat), flat, problem, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backprop(Gradient):
-    """Full unroll: the solve itself is `steps` damped differentiable applications from z0, all kept in the graph.
+    """Full unrolling: the forward pass is `steps` damped differentiable steps from z0, all of them in the graph.
 
-    steps      None: the solver's max_iter. The solver's own rule is not used: its mixing is not worth differentiating
+        z_{t+1} = tau f(z_t) + (1 - tau) z_t,   t = 0 .. steps - 1
+
+    steps      None: the solver's max_iter. The solver's own step is not used: this rule always takes plain damped steps
     tau        damping in (0, 1]
-    recompute  keep only the states, evaluate f again in the backward pass
+    recompute  store only the states and evaluate f again in the backward pass
 
-    The one rule whose gradient reaches z0. Memory grows with the steps.
+    This is the only rule whose gradient reaches z0. Memory grows with the number of steps.
     """
 
     steps: int | None = None
@@ -341,7 +368,10 @@ class Backprop(Gradient):
     def run(
         self, fn: Callable, z0: State, args: Sequence | None, *, solver: Solver, states_at=(), trajectory: bool = False
     ) -> Solution:
-        """The forward pass with its graph. The Solution is measured at the last point but one, as for `Picard`."""
+        """The forward pass with its graph, as a Solution.
+
+        Its residual is measured at z_{steps-1}, whose damped image is the answer, as for `Picard`. Arguments: `solve`.
+        """
         layout = Layout.of(z0)
         problem, z = Problem(fn, layout, args), layout.pack(z0)
         steps = solver.max_iter if self.steps is None else self.steps
@@ -349,13 +379,14 @@ class Backprop(Gradient):
             raise UserError("Backprop without steps unrolls solver.max_iter=0 steps. Set grad.steps or raise max_iter.")
         states = {0: z}
         for step in range(1, steps + 1):
-            states[step] = z = _damped(problem, z, self.tau, self.recompute)
-        before = states[steps - 1]
+            states[step] = z = _damped_step(problem, z, self.tau, self.recompute)
+        measured_at = states[steps - 1]
         with torch.no_grad():
-            measured = Picard(max_iter=1, tol=solver.tol, stop=solver.stop)
-            image = z if self.tau == 1 else before + (z - before) / self.tau
+            one_step = Picard(max_iter=1, tol=solver.tol, stop=solver.stop)
+            # z = tau f(y) + (1 - tau) y at y = measured_at, so f(y) = y + (z - y) / tau without another evaluation
+            image = z if self.tau == 1 else measured_at + (z - measured_at) / self.tau
             found = _iterate(
-                _Known(layout, image), before.detach(), measured, states_at=(), trajectory=False, static=True,
+                _KnownImage(layout, image), measured_at.detach(), one_step, states_at=(), trajectory=False, static=True,
                 check_every=1, compact=False,
             )  # fmt: skip
         count = torch.full_like(found.steps, steps)
@@ -368,8 +399,8 @@ class Backprop(Gradient):
         )  # fmt: skip
 
 
-class _Known(Problem):
-    """A map whose one value is known."""
+class _KnownImage(Problem):
+    """A map that is evaluated at one point only, where its image is already known."""
 
     def __init__(self, layout: Layout, image: Tensor):
         super().__init__(lambda z: z, layout, None, static=True)

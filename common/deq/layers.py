@@ -1,9 +1,9 @@
 """Weight and spectral normalisation for equilibrium cells, computed once per solve.
 
 The weights of a cell must not change between the steps of a solver, and recomputing them at each step costs time and
-memory. `reset(module)` computes every normalised weight once, with its graph; all solver steps and gradient steps then
-share it. Formulas: weight normalisation (arXiv 1602.07868, Equation 2), spectral normalisation (arXiv 1802.05957,
-Equation 8), clipping as in TorchDEQ (arXiv 2310.18605, code).
+memory. `reset(module)` computes every normalised weight once, with its graph. All solver steps and gradient steps then
+use that weight. Formulas: weight normalisation (arXiv 1602.07868, Equation 2), spectral normalisation
+(arXiv 1802.05957, Equation 8), clipping as in TorchDEQ's code (arXiv 2310.18605).
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from common.deq.structure import without_autocast
 from common.errors import UserError, nearest
 from common.tensors import only_shapes
 
-# Layer type -> axis of the weight that counts output channels. By type, not by isinstance: subclasses such as the
-# output projection of nn.MultiheadAttention are read by others behind the back of a parametrisation.
+# Layer type -> axis of the weight with the output channels. Exact types, not isinstance: other modules read the weights
+# of some subclasses directly and bypass a parametrisation, for example the output projection of nn.MultiheadAttention.
 TARGETS = {
     nn.Linear: 0,
     nn.Conv1d: 0,
@@ -41,7 +41,7 @@ EPS = 1e-12  # below this a norm counts as zero
 
 @dataclass
 class Held:
-    """A weight kept since the last reset, and what it was computed from.
+    """A normalised weight kept since the last reset, and a record of the parameters it was computed from.
 
     weight    the result, with its graph where gradients were on
     sources   the parameters, by identity
@@ -60,9 +60,9 @@ class Held:
 
 
 class Norm(nn.Module):
-    """Interface of the two normalisations: a parametrisation whose result `reset` can hold.
+    """Base class of the two normalisations: a parametrisation whose result is kept ("held") by `reset`.
 
-    Without a held weight every access computes it afresh, as any torch parametrisation does. A held weight is let go
+    Without a held weight every access computes it again, as any torch parametrisation does. A held weight is discarded
     when a parameter is written, replaced, moved or loaded, when the module changes between training and evaluation,
     and after a backward pass through it. Two limits: a write through `parameter.data` in place goes unnoticed until
     the next of these events or reset, and inside torch.compile versions are not compared.
@@ -91,12 +91,12 @@ class Norm(nn.Module):
         raise NotImplementedError
 
     def advance(self, *originals: Tensor) -> None:
-        """What a reset in training mode does to the state beside the parameters."""
+        """Update the buffers; called by a reset in training mode."""
 
     def forward(self, *originals: Tensor) -> Tensor:
         self._refuse_writes()
         held = self.held
-        # Other tensors than those held: a functional call with its own parameters. The held weight stays for later.
+        # Other parameters than those of the held weight: a torch.func.functional_call. The held weight is kept.
         if held is None or any(a is not b for a, b in zip(originals, held.sources)):
             return self._show(self.compute(*originals))
         if not torch.compiler.is_compiling() and not self._is_current(held):
@@ -105,7 +105,7 @@ class Norm(nn.Module):
         if not torch.is_grad_enabled():
             return held.weight.detach()
         if not held.weight.requires_grad and any(t.requires_grad for t in originals):
-            # Reset ran without gradients, now they are wanted: the same weight again, with its graph.
+            # The reset ran without gradients, but now they are needed: compute the same weight with its graph.
             if torch.compiler.is_compiling():
                 return self.compute(*originals)
             return self._hold(originals)
@@ -146,16 +146,16 @@ class Norm(nn.Module):
     def _hold(self, originals: tuple[Tensor, ...]) -> Tensor:
         weight = self.compute(*originals)
         if torch._C._functorch.is_functorch_wrapped_tensor(weight):
-            return weight  # made inside jvp, grad or vmap of torch.func: it ends with them
+            return weight  # computed inside jvp, grad or vmap of torch.func: not valid outside, so not held
         held = Held(weight, originals, tuple(map(_stamp, originals)), _stamp(weight)[0])
         if weight.requires_grad:
-            back = ref(held)  # weak: the hook would otherwise keep the graph alive in a cycle
+            held_ref = ref(held)  # weak: weight -> hook -> held -> weight would keep the graph alive
 
-            def spend(_):
-                if (now := back()) is not None:
-                    now.spent = True
+            def mark_spent(_):
+                if (current := held_ref()) is not None:
+                    current.spent = True
 
-            weight.register_hook(spend)
+            weight.register_hook(mark_spent)
         self.held = held
         return weight
 
@@ -171,7 +171,7 @@ class Norm(nn.Module):
         return True
 
     def _factor(self, g: Tensor | None, norm: Tensor) -> Tensor:
-        """min(clip, g / norm), the number(s) the raw weight is multiplied with."""
+        """min(clip, g / norm), the factor of v in the normalised weight; g = target without a learnt scale."""
         factor = (self.target if g is None else g) / norm.clamp(min=EPS)
         return factor if self.clip is None else factor.clamp(max=self.clip)
 
@@ -210,15 +210,15 @@ class Norm(nn.Module):
 
 
 class WeightNorm(Norm):
-    """Each output channel of the weight w gets its own length: w_i = v_i min(clip, g_i / ||v_i||).
+    """Weight normalisation per output channel i of the weight w: w_i = v_i min(clip, g_i / ||v_i||).
 
-    v     shape of w, parameter; starts as w
-    g     w's size along `dim`, 1 elsewhere, parameter; starts as ||w_i||, so that the function does not change.
-          With learn_scale=False the constant `target`, which does change it
+    v     parameter of the shape of w; starts as w
+    g     parameter with w's size along `dim` and 1 elsewhere; starts as ||w_i||, which leaves the function unchanged.
+          With learn_scale=False it is the constant `target`, which changes the function
     dim   axis of the output channels
-    clip  upper limit of the factor, None = none; a limit below 1 changes the function
+    clip  upper limit of the factor g_i / ||v_i||, None: no limit; a limit below 1 changes the function
 
-    A channel of zeros stays zero and can be learnt: g_i = 0 and v_i a constant direction.
+    A channel of zeros stays zero at the start and can be learnt: g_i = 0, and v_i is a constant vector.
     Weight normalisation, arXiv 1602.07868, Equation 2.
     """
 
@@ -242,17 +242,19 @@ class WeightNorm(Norm):
 
 
 class SpectralNorm(Norm):
-    """The weight w as a matrix gets a largest singular value of g: w = v min(clip, g / sigma(v)).
+    """Spectral normalisation: w = v min(clip, g / sigma(v)), with sigma(v) the largest singular value of v as a matrix.
 
-    v       shape of w, parameter; starts as w
-    g       one number per output channel (w's size along `dim`, 1 elsewhere), parameter; all start as sigma(w), so
-            that the function does not change. With learn_scale=False the constant `target`, which does change it
-    dim     axis of the output channels: the rows of the matrix; all other axes together are its columns
-    clip    upper limit of the factor, None = none. A bound on the norm is learn_scale=False, target=bound, clip=1
-    power_iterations   steps towards the singular vectors at each computation; a reset in training mode keeps them
+    v       parameter of the shape of w; starts as w
+    g       parameter, one number per output channel (w's size along `dim`, 1 elsewhere); all start as sigma(w), which
+            leaves the function unchanged. With learn_scale=False it is the constant `target`, which changes it
+    dim     axis of the output channels: the rows of the matrix. All other axes together are its columns
+    clip    upper limit of the factor g / sigma(v), None: no limit. To bound the norm of w use learn_scale=False,
+            target=bound and clip=1
+    power_iterations   steps of power iteration at each computation; a reset in training mode stores the result
 
-    Buffers left (rows,) and right (columns,): singular vectors, exact at the start. Gradients treat them as constant.
-    A weight of zeros stays zero and can be learnt: g = 0 and v a constant.
+    Buffers left (rows,) and right (columns,): estimates of the singular vectors of sigma(v), exact at the start.
+    Gradients treat them as constants: sigma = left^T v right.
+    A weight of zeros stays zero at the start and can be learnt: g = 0, and v is constant.
     Spectral normalisation, arXiv 1802.05957, Equation 8 and Algorithm 1.
     """
 
@@ -292,7 +294,7 @@ class SpectralNorm(Norm):
         v = torch.where(empty, torch.ones_like(weight), weight)
         matrix = self._matrix(v)
         self.left, self.right = _top_singular_vectors(matrix)
-        # By the very operations of `compute`: dividing by this number then gives 1 exactly, or to the last bit.
+        # The same operations as in `compute`, so that g / sigma(v) there is 1 up to one rounding error.
         left, right = self._vectors(matrix)
         sigma = torch.where(empty, 0.0, left @ (matrix @ right))
         shape = [size if axis == self.dim else 1 for axis, size in enumerate(weight.shape)]
@@ -303,11 +305,12 @@ class SpectralNorm(Norm):
 
     @torch.no_grad()
     def _vectors(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        # New tensors, never the buffers: the graph may outlive the next reset, which writes the buffers in place.
+        # Power iteration: right = v^T left / ||v^T left||, left = v right / ||v right||. The results are new tensors, not
+        # the buffers: a graph may still use them when the next reset writes the buffers in place.
         left, right = self.left, self.right
         for _ in range(self.power_iterations):
-            right = _direction(matrix.mT @ left, right)
-            left = _direction(matrix @ right, left)
+            right = _unit_vector(matrix.mT @ left, right)
+            left = _unit_vector(matrix @ right, left)
         return left, right
 
 
@@ -325,22 +328,24 @@ def apply_norm(
     """Normalise the `weight` of every linear and convolution layer of `module`; returns their paths.
 
     kind         "weight", "spectral" or "none" (does nothing)
-    skip         parts of module paths to leave alone; skip_prefix: beginnings of module paths
-    clip         True: factor limited to clip_value; a number: to that; None or False: no limit
-    learn_scale  g is a parameter, starting where the function stays as it is; False: g is the constant `target`
-    power_iterations   of the spectral norm, per reset
+    skip         modules whose path contains one of these strings are not normalised
+    skip_prefix  modules whose path begins with one of these strings are not normalised
+    clip         upper limit of the factor. True: clip_value; a number: that number; None or False: no limit
+    learn_scale  True: g is a parameter that starts at the norm of the weight, which leaves the function unchanged.
+                 False: g is the constant `target`
+    power_iterations   steps of the spectral norm per reset
 
     Layers: exactly nn.Linear, nn.Conv1d/2d/3d (channels on axis 0), nn.ConvTranspose1d/2d/3d (axis 1), no subclasses.
-    The parameters are `parametrizations.weight.original0` (g) and `original1` (v), or `original` (v) for a constant g:
-    build the optimiser afterwards. Assigning `layer.weight = value` re-initialises both.
-    Raises UserError for an unknown kind, a layer normalised before, or when no layer is found.
+    The parameters become `parametrizations.weight.original0` (g) and `original1` (v), or `original` (v) if g is
+    constant, so build the optimiser afterwards. Assigning `layer.weight = value` sets both.
+    Raises UserError for an unknown kind, for a layer that is already normalised, and if no layer is found.
     """
     if kind not in KINDS:
         raise UserError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}. {nearest(str(kind), KINDS)}")
     if kind == "none":
         return []
     skip, skip_prefix = ((s,) if isinstance(s, str) else tuple(s) for s in (skip, skip_prefix))
-    limit = clip_value if clip is True else None if clip is False else clip
+    max_factor = clip_value if clip is True else None if clip is False else clip
     chosen = {
         name: layer
         for name, layer in module.named_modules()
@@ -350,8 +355,8 @@ def apply_norm(
     }
     if not chosen:
         raise UserError(
-            f"apply_norm found no layer to normalise in {type(module).__name__}: it takes nn.Linear and nn.Conv* as "
-            "they are, no subclasses. Use those layers, shorten skip, or set kind='none'."
+            f"apply_norm found no layer to normalise in {type(module).__name__}: it takes nn.Linear and nn.Conv*, "
+            "not their subclasses. Use those layers, shorten skip, or set kind='none'."
         )
     for name, layer in chosen.items():
         if parametrize.is_parametrized(layer, "weight"):
@@ -360,14 +365,14 @@ def apply_norm(
             )
     for layer in chosen.values():
         dim = TARGETS[parametrize.type_before_parametrizations(layer)]
-        options: dict = dict(dim=dim, clip=limit, learn_scale=learn_scale, target=target)
+        options: dict = dict(dim=dim, clip=max_factor, learn_scale=learn_scale, target=target)
         norm = WeightNorm(**options) if kind == "weight" else SpectralNorm(power_iterations=power_iterations, **options)
         parametrize.register_parametrization(layer, "weight", norm)
     return list(chosen)
 
 
 def remove_norm(module: nn.Module) -> None:
-    """Turn every normalised weight below `module` back into a plain parameter with exactly its present value."""
+    """Turn every normalised weight below `module` back into a plain parameter with its current value."""
     for layer in list(module.modules()):
         if not parametrize.is_parametrized(layer, "weight"):
             continue
@@ -377,7 +382,7 @@ def remove_norm(module: nn.Module) -> None:
 
 
 def reset(module: nn.Module) -> None:
-    """Begin a solve: every normalised weight below `module` is computed once and held, every dropout mask let go.
+    """Start a solve: compute and hold every normalised weight below `module`, and discard every dropout mask.
 
     Call once per forward pass, before the solve, in the gradient mode of the training step.
     """
@@ -390,27 +395,32 @@ def reset(module: nn.Module) -> None:
 
 
 def _stamp(t: Tensor) -> tuple[int, int]:
-    """(version, address): changes when the values are written in place, or when `.data` is exchanged."""
-    # An inference tensor has no version, a fake one no address: its storage object stands for it.
+    """(version, storage): changes when the tensor is written in place or when its `.data` is replaced."""
+    # Inference tensors have no version. Fake tensors have no address, so the storage object identifies the memory.
     return 0 if t.is_inference() else t._version, t.untyped_storage()._cdata
 
 
 def _full_precision(t: Tensor):
-    """Context without autocast: a norm from bfloat16 products would change the weight."""
+    """Context manager without autocast: a norm computed from bfloat16 products would change the weight."""
     return without_autocast(t.device.type)
 
 
-def _direction(x: Tensor, otherwise: Tensor) -> Tensor:
+def _unit_vector(x: Tensor, if_zero: Tensor) -> Tensor:
+    """x / ||x||, or `if_zero` where ||x|| counts as zero."""
     norm = torch.linalg.vector_norm(x)
-    return torch.where(norm > EPS, x / norm.clamp(min=EPS), otherwise)
+    return torch.where(norm > EPS, x / norm.clamp(min=EPS), if_zero)
 
 
 def _top_singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Left (rows,) and right (columns,) vector of the largest singular value, from the smaller Gram matrix."""
+    """Left (rows,) and right (columns,) singular vector of the largest singular value.
+
+    The first is the eigenvector of the largest eigenvalue of the smaller Gram matrix a a^T; the second is a^T first,
+    normalised.
+    """
     wide = matrix.shape[0] <= matrix.shape[1]
     a = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     a = a if wide else a.mT
     first = torch.linalg.eigh(a @ a.mT).eigenvectors[:, -1]
-    second = _direction(a.mT @ first, a.new_full(a.shape[1:], a.shape[1] ** -0.5))
+    second = _unit_vector(a.mT @ first, a.new_full(a.shape[1:], a.shape[1] ** -0.5))
     left, right = (first, second) if wide else (second, first)
     return left.to(matrix.dtype), right.to(matrix.dtype)

@@ -1,4 +1,4 @@
-"""The map of an equilibrium as a solver sees it: on matrices, its calls counted."""
+"""The map of an equilibrium for the solvers: it takes and returns matrices (B, D) and counts its calls."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,15 +12,15 @@ from common.errors import UserError
 
 
 class Problem:
-    """The map on matrices (B, D): `problem(z)`, `problem.jvp(z, v)`. Counts its calls; rows can leave."""
+    """The map on matrices (B, D): `problem(z)`, `problem.jvp(z, v)`. Counts its calls; rows can be taken out."""
 
     def __init__(self, fn: Callable, layout: Layout, args: Sequence | None, static: bool = False):
         self.fn, self.layout, self.args = fn, layout, tuple(args or ())
         self.static = static  # shapes only: no value may be looked at
-        self.known: tuple[Tensor, Tensor] | None = None  # (z, fn(z)) a solver's step has evaluated already
-        self.calls = 0  # of fn, whatever the batch
-        self.samples = 0  # samples those calls evaluated
-        self.autocast: Callable | None = None  # makes the context fn runs in, where it is not the one around
+        self.known: tuple[Tensor, Tensor] | None = None  # (z, fn(z)) that a solver's step has already evaluated
+        self.calls = 0  # of fn, whatever the batch size
+        self.samples = 0  # samples evaluated by those calls
+        self.autocast: Callable | None = None  # creates the autocast context of fn; None: the surrounding one
 
     def __call__(self, z: Tensor) -> Tensor:
         if self.known is not None and self.known[0] is z:

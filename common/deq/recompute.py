@@ -1,4 +1,4 @@
-"""Gradient steps without stored activations: run forward, forget, run again in the backward pass."""
+"""Gradient steps without stored activations: the backward pass runs the step again (activation checkpointing)."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -12,52 +12,54 @@ from common.deq.layers import Held, Norm
 
 
 def mem_gc(func: Callable, in_args: Sequence | None = None, module: Callable | None = None):
-    """func(*in_args), keeping only in_args: what lies between is computed again in the backward pass.
+    """func(*in_args), storing only in_args. The backward pass computes the activations again.
 
     func     module or function of tensors; returns a tensor or a tuple
     in_args  its arguments; tensors among them may require gradients
-    module   whose held weights and dropout masks belong to this call; None = func, when that is a module
+    module   the module with the held weights and dropout masks that func uses. None: func itself, if it is a module
 
-    Gradients reach in_args, parameters, and anything else func reads, through hooks as usual (DDP works). The second
-    run sees the held weights, variational masks and random numbers of the first, even when `reset` has come between.
-    Memory: the arguments per call, and the activations of one call at a time in the backward pass.
+    Gradients reach in_args, the parameters and everything else that func reads; hooks run as usual, so DDP works. The
+    second run uses the held weights, the variational masks and the random numbers of the first, even when `reset` was
+    called in between.
+    Memory: the arguments of each call, and in the backward pass the activations of one call at a time.
     """
-    held = func if module is None else module
+    owner = func if module is None else module
 
     def contexts():
-        return nullcontext(), AsBefore(held)
+        return nullcontext(), RestoreHeldState(owner)
 
     return checkpoint(func, *(in_args or ()), use_reentrant=False, context_fn=contexts)
 
 
-class AsBefore:
-    """A context, to be entered any number of times: held weights and masks below `module` as when it was made.
+class RestoreHeldState:
+    """Context manager: inside it, the held weights and masks below `module` are those of when it was created.
 
-    module  any callable; what is no module has nothing held, and the context does nothing
+    module  any callable. A callable that is not a module holds nothing, and the context does nothing
 
-    That is before the first run: a mask not drawn by then is drawn again, from the restored random state, so that
-    what is drawn after it in the same call is the same too.
+    It is created before the first run. A mask that did not exist then is drawn again from the restored random state,
+    so the random numbers drawn after it in the same call are the same, too. The context can be entered repeatedly.
     """
 
     def __init__(self, module: Callable):
-        parts = module.modules() if isinstance(module, nn.Module) else ()
-        self.parts = [part for part in parts if isinstance(part, Norm | VariationalMask)]
-        self.entry = [part.current() if isinstance(part, Norm) else part.mask for part in self.parts]
+        modules = module.modules() if isinstance(module, nn.Module) else ()
+        self.layers = [layer for layer in modules if isinstance(layer, Norm | VariationalMask)]
+        self.recorded = [layer.current() if isinstance(layer, Norm) else layer.mask for layer in self.layers]
 
     def __enter__(self) -> None:
-        self.now = _state(self.parts)
-        # A backward pass through the held weight may have begun already: it is part of this very one.
-        fresh = [replace(s, spent=False) if isinstance(s, Held) else s for s in self.entry]
-        _set(self.parts, fresh)
+        self.replaced = _held_state(self.layers)
+        # A backward pass may have marked the held weight as spent. It is the pass that this second run belongs to, so
+        # the weight may be used again.
+        usable = [replace(held, spent=False) if isinstance(held, Held) else held for held in self.recorded]
+        _set_held_state(self.layers, usable)
 
     def __exit__(self, *_) -> None:
-        _set(self.parts, self.now)
+        _set_held_state(self.layers, self.replaced)
 
 
-def _state(parts: Sequence[nn.Module]) -> list:
-    return [part.held if isinstance(part, Norm) else part.mask for part in parts]
+def _held_state(layers: Sequence[nn.Module]) -> list:
+    return [layer.held if isinstance(layer, Norm) else layer.mask for layer in layers]
 
 
-def _set(parts: Sequence[nn.Module], state: list) -> None:
-    for part, value in zip(parts, state, strict=True):
-        setattr(part, "held" if isinstance(part, Norm) else "mask", value)
+def _set_held_state(layers: Sequence[nn.Module], state: list) -> None:
+    for layer, value in zip(layers, state, strict=True):
+        setattr(layer, "held" if isinstance(layer, Norm) else "mask", value)

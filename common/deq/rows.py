@@ -1,4 +1,4 @@
-"""The batch during a solve: a record of rows, what each evaluation measures of them, and which of them go on."""
+"""The batch during a solve: its rows, what each evaluation measures of them, and which rows are still running."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from common.errors import UserError, nearest
 if TYPE_CHECKING:
     from common.deq.solvers import Solver
 
-EPS = 1e-9  # of TorchDEQ's relative residual, read by its facade; ours needs none
+EPS = 1e-9  # added to ||f(z)|| in TorchDEQ's relative residual; used by common.torchdeq only
 LEAVE_BELOW = 0.8  # rows are taken out once at most this share of them still runs: copying the rest pays off then
 
 
@@ -62,11 +62,11 @@ def solve(
     compact      samples that have ended leave the batch (needs args): easy samples stop costing while hard ones run
     check_every  steps between two looks at the residual, each one synchronisation with the device; a sample that has
                  converged in between is frozen at once, only the batch goes on
-    throw        raise NotConverged, naming cause and remedy, unless every sample converged
+    throw        raise NotConverged, with the cause and what to change, unless every sample converged
 
-    The solve itself runs without autograd. A sample's path does not depend on the others: what is not finite in one
-    never reaches another, and ends that sample alone. Deterministic: draws nothing.
-    Memory beside fn: the state about five times, plus the solver's history (see the solver).
+    The solve itself runs without autograd. A sample's iterates do not depend on the other samples: a value that is not
+    finite ends its own sample only. Deterministic: uses no random numbers.
+    Memory besides fn: about five times the state, plus the solver's history (see the solver).
     Raises UserError for a z0 that is not finite, fn changing shape or structure, args of another batch size, a solver
     or gradient rule given by name, unknown keywords.
     """

@@ -243,7 +243,7 @@ class Anderson(Solver):
         return cost.masked_fill(newest, math.inf).argmin(1)
 
     def _steps_plainly(self, state: dict, point, without_gain: Tensor) -> Tensor:
-        """(B,) bool: samples whose next step is the plain one; keeps the record it is decided by."""
+        """(B,) bool: samples whose next step is the plain one. Updates the record that this decision is based on."""
         share, steps = self.STALLED
         begin, low, high = self.FAR
         relative, size = point.relative, point.size
@@ -257,9 +257,9 @@ class Anderson(Solver):
         return state["plain"]
 
     def _go_back(self, state: dict, number: int, point, following: Tensor) -> Tensor:
-        """The next point where some samples are lost: of those, all points but the best and the newest are forgotten.
+        """The next point (B, D) if some samples are lost: these forget all points but the best and the newest.
 
-        Where the newest is not finite, everything is, and the sample goes on from its best state.
+        If its newest point is not finite, a lost sample forgets all points and continues from its best state.
         """
         if state["valid"] is None:
             valid = torch.zeros_like(state["gram"][:, 0])
@@ -364,7 +364,7 @@ class Broyden(Solver):
         state["restarts"] += lost
         for name in ("s", "a", "inverse", "sg"):
             state[name][lost] = 0.0
-        # the way back is no step to learn from: it looks as one of length zero
+        # the way back to the best state must not become a pair: it is recorded as a step of length zero
         state["z"] = torch.where(lost[:, None], point.best, point.z)
         state["g"] = torch.where(lost[:, None], 0.0, point.gz)
         return torch.where(lost[:, None], point.best, moved)
@@ -388,8 +388,8 @@ class Broyden(Solver):
         c needs no pass of its own over the history: s_i . y = s_i . g - s_i . g_before, and both are known. Where t is
         zero or not finite, 1 / t is replaced by 0: P stays, and the pair has a zero row and column, so no effect.
 
-        A sample that only waits for others takes no step: it must not forget a pair for that. Nor does it learn from
-        the step that ended it, as none does that ends alone (Shine reads what was learnt).
+        A sample that has ended and waits for the others keeps its history: it forgets no pair and does not learn from
+        the step that ended it. So Shine reads the same history as when the sample is solved alone.
         """
         slot, full = pair % self.pairs, pair >= self.pairs
         g = point.gz
@@ -439,7 +439,7 @@ class NewtonKrylov(Solver):
 
         (I - J(z)) d = f(z) - z;    z <- z + t d, t halved until the residual falls (at most HALVINGS times)
 
-    Finds fixed points where f is no contraction, converges quadratically near them. One step costs up to `krylov`
+    Finds fixed points where f is not a contraction; converges quadratically near them. One step costs up to `krylov`
     products, each about two evaluations of f, counted as one evaluation. Memory: krylov + 1 states.
 
     krylov   largest Krylov space
@@ -476,7 +476,7 @@ class NewtonKrylov(Solver):
 def search(problem, state: dict[str, Tensor], point, update: Tensor, halvings: int) -> Tensor:
     """z + t update per running sample, t in 1, 1/2, 1/4, ...: the first that lowers ||f(z) - z||, else the last.
 
-    Trial evaluations are added to state["extra"]; the last one is handed on, so that the loop need not repeat it.
+    Trial evaluations are added to state["extra"]. The last one is kept in problem.known for the loop.
     """
     start = torch.linalg.vector_norm(point.gz, dim=1)
     length = torch.ones_like(start)

@@ -1,4 +1,4 @@
-"""A state of any shape as one matrix: rows are samples, columns everything else."""
+"""A state of any structure as one matrix: each row is a sample, the columns are all its numbers."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,13 +14,14 @@ State = Tensor | tuple | list | dict  # nested tuples, lists and dicts of tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """How a structured state becomes a matrix (B, D) and back.
+    """Converts a structured state to a matrix (B, D) and back.
 
-    Leaves are flattened and put side by side; half-precision leaves travel as float32, since a fixed-point residual in
-    half precision ends near 4e-3. A leaf of shape (B,) is one column; a tensor without dimensions is one sample.
+    Each tensor of the state is flattened to (B, width), and these are concatenated along the columns. Half-precision
+    tensors become float32, because relative residuals in half precision do not fall below about 4e-3. A tensor of
+    shape (B,) is one column. A tensor without dimensions is one sample.
     """
 
-    spec: pytree.TreeSpec
+    spec: pytree.TreeSpec  # the nesting of the state
     shapes: tuple[torch.Size, ...]  # without the batch dimension
     dtypes: tuple[torch.dtype, ...]
     widths: tuple[int, ...]
@@ -29,7 +30,7 @@ class Layout:
 
     @classmethod
     def of(cls, z: State) -> "Layout":
-        """Layout of a state. Raises UserError when it holds no tensors or leaves of different batch size."""
+        """Layout of a state. Raises UserError if it holds no tensors, or tensors of different batch sizes."""
         leaves, spec = pytree.tree_flatten(z)
         if not leaves or not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
             found = ", ".join(str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves)
@@ -56,7 +57,7 @@ class Layout:
         )
 
     def pack(self, z: State) -> Tensor:
-        """The state as (B, D); one contiguous tensor of the right type is not copied."""
+        """The state as a matrix (B, D). A single contiguous tensor of the right data type is not copied."""
         leaves = pytree.tree_leaves(z)
         if len(leaves) == 1:
             leaf = leaves[0]
@@ -66,7 +67,7 @@ class Layout:
         return torch.cat(flat, dim=1)
 
     def unpack(self, flat: Tensor) -> State:
-        """(B', D) as the structure again, for any number of rows; views where the types allow."""
+        """A matrix (B', D) with any number of rows as a state; views where the data types are equal."""
         if self.scalar:
             return pytree.tree_unflatten([flat.reshape(()).to(self.dtypes[0])], self.spec)
         parts = flat.split(self.widths, dim=1) if len(self.widths) > 1 else (flat,)
@@ -77,9 +78,9 @@ class Layout:
         return pytree.tree_unflatten(leaves, self.spec)
 
     def pack_image(self, image: State, rows: int) -> Tensor:
-        """What the map returned for `rows` samples, as (rows, D).
+        """The image that the map returned for `rows` samples, as a matrix (rows, D).
 
-        Raises UserError when it is not of the structure and the shapes of the state.
+        Raises UserError if its structure or its shapes differ from those of the state.
         """
         if isinstance(image, Tensor) and len(self.shapes) == 1 and self.spec.is_leaf():
             leaves = [image]
@@ -91,8 +92,8 @@ class Layout:
             except ValueError:
                 leaves = []
             if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
-                structure = _outline(pytree.tree_unflatten([torch.empty(0)] * len(self.shapes), self.spec))
-                raise UserError(f"fn returned {_outline(image)}, but z0 is {structure}. Return the structure of z0.")
+                structure = _describe(pytree.tree_unflatten([torch.empty(0)] * len(self.shapes), self.spec))
+                raise UserError(f"fn returned {_describe(image)}, but z0 is {structure}. Return the structure of z0.")
         for number, (leaf, shape) in enumerate(zip(leaves, self.shapes, strict=True)):
             expected = torch.Size() if self.scalar else torch.Size((rows, *shape))
             if leaf.shape != expected:
@@ -104,25 +105,25 @@ class Layout:
         return self.pack(leaves)
 
 
-def _outline(value) -> str:
-    """Such as `(tensor, {a: tensor})`."""
+def _describe(value) -> str:
+    """The structure of a value as text, such as `(tensor, {a: tensor})`."""
     if isinstance(value, Tensor):
         return "tensor"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_outline(part)}' for key, part in value.items())}}}"
+        return f"{{{', '.join(f'{key}: {_describe(part)}' for key, part in value.items())}}}"
     if isinstance(value, tuple | list):
-        inside = ", ".join(map(_outline, value))
+        inside = ", ".join(map(_describe, value))
         return f"[{inside}]" if isinstance(value, list) else f"({inside})"
     return type(value).__name__
 
 
 def take_rows(tree, rows: Tensor):
-    """Every tensor of a structure at the rows (n,) of its leading dimension; what is no tensor passes through."""
+    """The rows (n,) of every tensor of a structure. Values that are not tensors are returned as they are."""
     return pytree.tree_map(lambda leaf: leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def without_autocast(device: str):
-    """Context in which everything runs in the types of its inputs; for device types without autocast too."""
-    # torch.compile of torch 2.11 cannot look the question up; every device it compiles for has autocast
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else nullcontext()
+    """Context manager that switches autocast off; it also works for device types without autocast."""
+    # torch.compile of torch 2.11 cannot trace is_autocast_available. Every device it compiles for has autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from common.deq.grads import Gradient, Unrolled, _flat, _recomputed, _replace_gradient
+from common.deq.grads import Gradient, Unrolled, flatten_state, replace_gradient, replace_gradient_by_recomputing
 from common.deq.structure import Layout, State
 from common.errors import UserError
 from common.torchdeq.solver import get_solver
@@ -88,8 +88,8 @@ class _ByFunction(Gradient):
         self.b_solver, self.options, self.recompute, self.writer = b_solver, options, recompute, writer
 
     def attach(self, fn, z, args, *, solution=None):
-        problem, layout, flat = _flat(fn, z, args)
-        replace = _recomputed if self.recompute else _replace_gradient
+        problem, layout, flat = flatten_state(fn, z, args)
+        replace = replace_gradient_by_recomputing if self.recompute else replace_gradient
         return [layout.unpack(replace(problem, flat, self._rows))]
 
     def _rows(self, vjp: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:

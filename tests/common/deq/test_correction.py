@@ -68,8 +68,8 @@ def test_positions_where_the_division_leaves_a_rest():
     "call, message",
     [
         (lambda: Correction("expo"), "Closest: exp"),
-        (lambda: Correction("const", gamma=0.5), "gamma=0.5 means nothing"),
-        (lambda: Correction("exp", bias=0.5), "bias=0.5 means nothing"),
+        (lambda: Correction("const", gamma=0.5), "gamma=0.5 has no effect"),
+        (lambda: Correction("exp", bias=0.5), "bias=0.5 has no effect"),
         (lambda: Correction()([]), "losses is empty"),
         (lambda: losses_of(torch.add, ([1, 2], [1, 2, 3])), "hold 2, 3 states"),
         (lambda: losses_of(torch.add, ([], 1)), "states"),

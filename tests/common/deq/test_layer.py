@@ -328,7 +328,7 @@ def test_shapes_alone(name):
         (lambda: DEQ(solver=Picard(max_iter=9), states=(0, 5)), "must list increasing steps"),
         (lambda: DEQ(solver=Picard(max_iter=9), states=(10,)), "must list increasing steps"),
         (lambda: DEQ(states=()), "must list increasing steps"),
-        (lambda: DEQ(grad=Backprop(), sliced=True), "deq.sliced needs a gradient rule beside the solve"),
+        (lambda: DEQ(grad=Backprop(), sliced=True), "deq.sliced does not work with Backprop"),
     ],
 )
 def test_bad_settings(make, message):
