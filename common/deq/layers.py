@@ -305,8 +305,8 @@ class SpectralNorm(Norm):
 
     @torch.no_grad()
     def _vectors(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        # Power iteration: right = v^T left / ||v^T left||, left = v right / ||v right||. The results are new tensors, not
-        # the buffers: a graph may still use them when the next reset writes the buffers in place.
+        # Power iteration: right = v^T left / ||v^T left||, left = v right / ||v right||. The results are new tensors,
+        # not the buffers: a graph may still use them when the next reset writes the buffers in place.
         left, right = self.left, self.right
         for _ in range(self.power_iterations):
             right = _unit_vector(matrix.mT @ left, right)

@@ -104,7 +104,7 @@ class Solution:
             )
         if self.diverged():
             return (
-                f"{failed} of {rows} samples diverged: the map is no contraction along the path taken. Damp it (tau < 1"
+                f"{failed} of {rows} samples diverged: the map is not a contraction along the path taken. Damp it (tau < 1"
                 f"), normalise its weights (common.deq.layers), start nearer, or use Broyden or NewtonKrylov."
             )
         return (

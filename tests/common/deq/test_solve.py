@@ -213,7 +213,7 @@ def test_plain_iteration_reports_divergence(name):
     repel = lambda z, x: x - 12.0 * z
     solver = tight(name)
     found = solve(repel, start(x), (x,), solver=solver)
-    assert not found.converged.any() and "3 of 3 samples diverged: the map is no contraction" in found.message
+    assert not found.converged.any() and "3 of 3 samples diverged: the map is not a contraction" in found.message
     assert "Damp it (tau < 1), normalise its weights" in found.message and "NewtonKrylov" in found.message
     assert found.z.isfinite().all()
     with pytest.raises(NotConverged, match=r"diverged.*Broyden or NewtonKrylov"):
