@@ -104,8 +104,8 @@ class Solution:
             )
         if self.diverged():
             return (
-                f"{failed} of {rows} samples diverged: the map is not a contraction along the path taken. Damp it (tau < 1"
-                f"), normalise its weights (common.deq.layers), start nearer, or use Broyden or NewtonKrylov."
+                f"{failed} of {rows} samples diverged: the map is not a contraction along the path taken. Damp it "
+                f"(tau < 1), normalise its weights (common.deq.layers), start nearer, or use Broyden or NewtonKrylov."
             )
         return (
             f"{failed} of {rows} samples did not reach {self.stop} residual {self.tol:g} in {self.max_iter} steps "
