@@ -9,8 +9,6 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 SUFFIXES = (".py", ".md", ".yaml", ".toml")
 FOLDERS = ("common", "conf", "projects", "tests", "tools")
-# Parts of the tree that still hold old words; remove an entry once it is clean.
-OPEN = ("common/tasks/", "common/torchdeq/", "tests/common/")
 WORDS = {
     # documents that are not in the repository
     r"(?<![a-z])pitfalls?[ _]\d+": "state the fact",
@@ -52,8 +50,7 @@ def test_the_repository_names_nothing_it_does_not_hold():
     for path in files():
         name = path.relative_to(REPO).as_posix()
         for line, word, instead in hits(path.read_text(encoding="utf-8")):
-            if not name.startswith(OPEN):
-                wrong.append(f"{name}:{line}: {' '.join(word.split())!r}; {instead}")
+            wrong.append(f"{name}:{line}: {' '.join(word.split())!r}; {instead}")
     assert not wrong, "\n".join(wrong)
 
 

@@ -7,7 +7,7 @@
     deq = get_deq(f_solver="broyden", f_max_iter=18, grad=5, tau=0.5)
     z_out, info = deq(lambda z: cell(z, x), torch.zeros_like(x))
 
-New code uses common.deq directly. Where the original is wrong (pitfalls 1 to 19 of its sheet) ours is right, and the
+New code uses common.deq directly. Where the original is wrong ours is right, and the
 docstring of the name says so. Three of them belong to no name: the default f_stop_mode "abs" depends on the width of
 the state and is rarely met by convolutional ones, use "rel" (6); compile `func`, not the layer (16); a language model
 with f_max_iter 0 is an unrolled network, not a root solve (19).
@@ -94,7 +94,7 @@ def fp_correction(
     args         of crit: a list or tuple gives one entry per state, all else is repeated; a shorter list starts over,
                  as in torchdeq, with a warning
     weight_func  "exp": gamma^(n-k-1), gamma 0.8;  "linear": 1 - (n-k-1)/n gamma + bias, gamma 0.9, bias 0;
-                 "const": c, 1, one number on any device (torchdeq: a vector, on CUDA only, pitfall 17); or registered
+                 "const": c, 1, one number on any device (torchdeq: a vector, on CUDA only); or registered
     kwargs       gamma, bias, c, as far as the function takes them
 
     return_loss_values: also the n losses as numbers, which waits for the device.
@@ -135,7 +135,7 @@ def jac_reg(f0: Tensor, z0: Tensor, vecs: int = 1, create_graph: bool = True) ->
 def power_method(f0: Tensor, z0: Tensor, n_iters: int = 100) -> tuple[Tensor, Tensor]:
     """(vector of norm 1 per sample, shape of z0; spectral radius (B,)) of J = d f0 / d z0.
 
-    Right for complex pairs, too (torchdeq's Rayleigh quotient gives .49 for a rotation scaled by .9: pitfall 18).
+    Right for complex pairs, too (torchdeq's Rayleigh quotient gives .49 for a rotation scaled by .9).
     """
     _need_graph(f0, z0, "power_method")
     product = lambda v: torch.autograd.grad(f0, z0, v, retain_graph=True)[0]

@@ -59,7 +59,7 @@ def add_deq_args(parser: ArgumentParser) -> None:
 class DEQConfig:
     """Settings from a Namespace, a mapping, another DEQConfig or any object with __dict__; None: no settings.
 
-    Holds a copy: what the caller passed is never changed (torchdeq's `update` writes into it, pitfall 8).
+    Holds a copy: what the caller passed is never changed (torchdeq's `update` writes into it).
     """
 
     def __init__(self, config: Any = None):

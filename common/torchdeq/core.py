@@ -21,10 +21,10 @@ from common.torchdeq.solver import OPTIONS, OWN, STOP_MODES, SolverStat, get_sol
 class DEQBase(nn.Module):
     """Abstract: the settings of all containers. Derive from it and write `forward` for another training graph.
 
-    args             Namespace, dict, DEQConfig or object; what it holds comes before the keywords. Copied (pitfall 8)
+    args             Namespace, dict, DEQConfig or object; what it holds comes before the keywords. Copied
     f_solver         name of the forward solver, b_solver of the backward solver of the ift rules
     no_stat          info holds the last residual only, no traces; None: True for simple_fixed_point_iter (torchdeq
-                     ignores it, pitfall 8)
+                     ignores it)
     f_max_iter, f_tol, f_stop_mode  of the forward solver, b_... of the backward solver; a tol of 0 or less: all steps
     eval_f_max_iter  steps in evaluation; 0: int(f_max_iter * eval_factor)
     """
@@ -175,7 +175,7 @@ class DEQIndexing(_Supervised):
     """One solve; the states at `indexing` and the last one get gradient branches. f_max_iter evaluations.
 
     As many states as asked for, whenever the solve stopped; the last is the solution and has the last rule (torchdeq
-    drops states, and the ift rule with them, after an early stop: pitfall 2). Evaluation: the solution alone.
+    drops states, and the ift rule with them, after an early stop). Evaluation: the solution alone.
     """
 
     def _compute_f_iter(self, f_max_iter: int) -> list[int]:
@@ -222,7 +222,7 @@ class DEQSliced(_Supervised):
     evaluations.
 
     info covers all slices: residuals of the last one, traces one after another, nstep in total (torchdeq: the last
-    slice alone, pitfall 13). Evaluation: one solve, the solution alone.
+    slice alone). Evaluation: one solve, the solution alone.
     """
 
     def _compute_f_iter(self, f_max_iter: int) -> list[int]:
@@ -288,7 +288,7 @@ def register_deq(deq_type: str, core: type[DEQBase]) -> None:
 def get_deq(args: Any = None, **kwargs) -> DEQBase:
     """The equilibrium layer that the settings describe; `z_out, info = deq(func, z_init)`.
 
-    args    Namespace, dict, DEQConfig or object; foreign settings in it are ignored, itself never changed (pitfall 8)
+    args    Namespace, dict, DEQConfig or object; foreign settings in it are ignored, itself never changed
     kwargs  settings that come before args; one warning names those that are none
     core    "sliced" (default, DEQSliced), "indexing" (DEQIndexing) or registered; for the other settings see `DEQBase`,
             `backward_factory` and the two classes

@@ -123,7 +123,7 @@ def backward_factory(
 
     grad_type  "ift": func(z_pred) with the exact gradient, its backward system y = y J + g solved by
                b_solver(map, zeros, **b_solver_kwargs), whose info goes to writer. Second derivatives raise (torchdeq's
-               are silently wrong, pitfall 15)
+               are silently wrong)
                k >= 1: k phantom steps z <- tau func(z) + (1 - tau) z, tau > 0; above 1 is over-relaxed
     hook_ift   keep the one graph of func (a hook) instead of evaluating func again in the backward pass
     sup_gap    > 0: the states after every sup_gap-th phantom step, and only those

@@ -1,10 +1,10 @@
 """torchdeq's normalisation names over common.deq.layers, and its dropout reset.
 
 What differs from torchdeq: g and v are parameters of a torch parametrisation, `parametrizations.weight.original0` and
-`original1`, so copies, device moves and state dicts work (pitfall 10) and writing into the weight in place, which
+`original1`, so copies, device moves and state dicts work and writing into the weight in place, which
 torchdeq loses at the next reset, is refused; checkpoints written by torchdeq go through `from_torchdeq`. As there,
 `layer.weight = value` changes the weight until the next reset and no parameter. spectral_norm keeps the function of
-the layer when it is put on (pitfall 11); the command line's names serve as keywords, too (pitfall 9).
+the layer when it is put on; the command line's names serve as keywords, too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -120,7 +120,7 @@ class WeightNorm(_Parametrised):
 class SpectralNorm(_Parametrised):
     """w = v min(clip_value, g / sigma(v)); common.deq.layers.SpectralNorm.
 
-    g is learnable and starts at sigma, so that the function does not change (torchdeq: at target_norm, pitfall 11).
+    g is learnable and starts at sigma, so that the function does not change (torchdeq: at target_norm).
     With clip, where a bound on the norm is what is asked for, it starts at target_norm as in torchdeq.
     """
 
@@ -158,9 +158,9 @@ def apply_norm(
     norm_type          "weight_norm", "spectral_norm", "none" or registered; a norm_type in args comes first
     prefix_filter_out  beginnings of module paths left alone; filter_out: parts of module paths
     args               Namespace, dict or object with norm_type, norm_no_scale, norm_clip, norm_clip_value,
-                       norm_target_norm, sn_n_power_iters; read, never changed (pitfall 8)
+                       norm_target_norm, sn_n_power_iters; read, never changed
     norm_kwargs        the same names, which come before args; or learn_scale, clip, clip_value, target_norm,
-                       n_power_iterations, which as in torchdeq come after args (torchdeq takes only these: pitfall 9)
+                       n_power_iterations, which as in torchdeq come after args (torchdeq takes only these)
 
     A module without such layers is left as it is. Raises UserError for unknown names, with the nearest.
     """
@@ -256,7 +256,7 @@ def register_norm_module(
 
 
 def reset_dropout(model: nn.Module) -> None:
-    """Let every dropout mask below `model` go: the next use draws a new one, on the input's device (pitfall 17)."""
+    """Let every dropout mask below `model` go: the next use draws a new one, on the input's device."""
     for part in model.modules():
         if isinstance(part, VariationalMask):
             part.reset()

@@ -9,14 +9,14 @@ x0        (B, ...): rows are samples; a tensor of one or no dimension counts as 
 max_iter  steps at most; 0 returns x0 unmeasured
 tol       as in torchdeq all samples go on until the residual of the last one meets tol (rows of x0 may be coupled, as
           the nodes of a graph are); one that is not finite is no longer waited for. 0 or less: all steps are taken
-stop_mode "abs": ||func(x) - x||, "rel": the same over ||func(x)||; the first grows with the width of x (pitfall 6)
-indexing  steps whose states are returned as well: as many as listed, also after an early stop (torchdeq drops those,
-          pitfall 2); the best state after that many steps, for broyden_solver too (torchdeq: one earlier, pitfall 14)
+stop_mode "abs": ||func(x) - x||, "rel": the same over ||func(x)||; the first grows with the width of x
+indexing  steps whose states are returned as well: as many as listed, also after an early stop (torchdeq drops those);
+          the best state after that many steps, for broyden_solver too (torchdeq: one earlier)
 return_final  take all steps and return the last finite state instead of that with the smallest residual
 Keywords of the other solvers are ignored, as in torchdeq; one that looks misspelt is warned about.
 
 z         per sample the state with the smallest residual; what is not finite is never taken (torchdeq: NaN as soon as
-          one iterate is, pitfall 1); a constant
+          one iterate is); a constant
 info      `SolverStat`
 """
 
@@ -44,10 +44,10 @@ class SolverStat(dict):
     abs_lowest, rel_lowest  (B,) residuals where the returned state was found; inf: never measured or never finite
     abs_trace, rel_trace    (B, N) residual after step 1, 2, ...; N = max_iter for every solver, filled up with the last
                             value after an early stop (torchdeq begins with a 1e8 and has lengths max_iter + 1 or, for
-                            Anderson, max_iter - 1: pitfall 12)
+                            Anderson, max_iter - 1)
     nstep                   (B,) float: the step that found the returned state, from 1 for every solver; phantom steps
                             are not counted. DEQSliced: of all slices together, traces likewise (torchdeq: of the last
-                            slice, pitfall 13)
+                            slice)
     sradius                 (B,) spectral radius, by a DEQ in evaluation with sradius_mode
     """
 
@@ -227,7 +227,7 @@ def simple_fixed_point_iter(
 ) -> tuple[Tensor, list[Tensor], SolverStat]:
     """max_iter times x <- tau func(x) + (1 - tau) x: no stop test, no synchronisation; info of the last step only.
 
-    Takes any callable and serves as backward solver, too (torchdeq passes a tau that raw callables refuse: pitfall 7).
+    Takes any callable and serves as backward solver, too (torchdeq passes a tau that raw callables refuse).
     """
     kwargs = {name: value for name, value in kwargs.items() if name not in ("tol", "stop_mode", "return_final")}
     return _solve(
@@ -252,8 +252,8 @@ def anderson_solver(
     """Anderson acceleration over the last m points, damped by tau. See the module.
 
     lam  ridge relative to the trace of the Gram matrix, so that it acts alike at every scale (torchdeq's is absolute
-         and switches the acceleration off near the solution: pitfall 4)
-    Works from the first step, max_iter 1 and 2 included (torchdeq returns x0 for those: pitfall 3).
+         and switches the acceleration off near the solution)
+    Works from the first step, max_iter 1 and 2 included (torchdeq returns x0 for those).
     """
     return _solve(
         func, x0, lambda **budget: _Anderson(m=m, ridge=lam, tau=tau, **budget), max_iter=max_iter, tol=tol,
@@ -276,7 +276,7 @@ def broyden_solver(
     """Good Broyden from the inverse Jacobian -I; ls: line search per sample. One evaluation more than steps.
 
     LBFGS_thres  pairs remembered, None or 0: all; any number is a valid limited-memory update (torchdeq's overwriting
-                 diverges once it is exceeded: pitfall 5)
+                 diverges once it is exceeded)
     """
     return _solve(
         func, x0, lambda **budget: Broyden(memory=LBFGS_thres or None, line_search=ls, **budget), max_iter=max_iter,
@@ -295,7 +295,7 @@ def batch_flatten(x: Tensor) -> Tensor:
 def batch_masked_mixing(mask: Tensor, mask_var: Tensor | float, orig_var: Tensor | float) -> Tensor:
     """(B, ...): rows of `mask_var` where mask (B,) is true, of `orig_var` elsewhere; one of them may be a number.
 
-    What is not chosen has no effect even where it is not finite (torchdeq multiplies by 0 and gets NaN: pitfall 1).
+    What is not chosen has no effect even where it is not finite (torchdeq multiplies by 0 and gets NaN).
     """
     like = mask_var if isinstance(mask_var, Tensor) else orig_var
     if not isinstance(like, Tensor):

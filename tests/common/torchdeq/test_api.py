@@ -197,7 +197,7 @@ def test_jac_reg_estimates_the_frobenius_norm_and_leaves_the_graph_usable():
         torchdeq.jac_reg(fz.detach(), z)
 
 
-def test_pitfall_18_the_radius_of_a_rotation_is_found():
+def test_the_radius_of_a_rotation_is_found():
     turn = 0.9 * torch.tensor([[math.cos(1), -math.sin(1)], [math.sin(1), math.cos(1)]])
     z = torch.randn(4, 2, generator=torch.Generator().manual_seed(1)).requires_grad_()
     torch.manual_seed(0)
@@ -221,7 +221,7 @@ def test_mixed_init_and_mem_gc():
     torch.testing.assert_close(found, [x.grad, layer.weight.grad])
 
 
-def test_pitfall_17_masks_live_on_the_device_of_their_input():
+def test_masks_live_on_the_device_of_their_input():
     drop = torchdeq.VariationalDropout2d(0.5, token_first=False)
     drop(torch.ones(2, 3, 4, 4, device="meta"))
     assert drop.mask.device.type == "meta" and drop.mask.shape == (2, 3, 1, 1)

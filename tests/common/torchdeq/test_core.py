@@ -109,7 +109,7 @@ def test_settings_come_from_anything_and_keywords_come_first(make):
     assert deq.indexing == [9] and deq.hook is None
 
 
-def test_pitfall_8_the_callers_settings_are_never_changed_and_no_stat_is_heard():
+def test_the_callers_settings_are_never_changed_and_no_stat_is_heard():
     for args in ({"f_max_iter": 7}, argparse.Namespace(f_max_iter=7)):
         before = copy.deepcopy(args)
         torchdeq.get_deq(args, f_solver="broyden", core="indexing")
@@ -273,7 +273,7 @@ def test_as_many_states_as_asked_for_whenever_the_solver_stops(core, solver, f_m
         assert w.grad.isfinite().all()
 
 
-def test_pitfall_2_an_early_stop_loses_neither_states_nor_the_solution_nor_its_rule():
+def test_an_early_stop_loses_neither_states_nor_the_solution_nor_its_rule():
     func, z_init, w, _ = problem()
     deq = torchdeq.get_deq(core="indexing", indexing=[4, 20, 30], f_max_iter=40, f_tol=1e-8, ift=True, b_tol=1e-12)
     backward = []
@@ -299,7 +299,7 @@ def diverging(rows=3):
 
 @pytest.mark.parametrize("core", ["sliced", "indexing"])
 @pytest.mark.parametrize("solver", ["fixed_point_iter", "simple_fixed_point_iter", "anderson", "broyden"])
-def test_pitfall_1_a_diverging_sample_spoils_neither_itself_nor_the_others(core, solver):
+def test_a_diverging_sample_spoils_neither_itself_nor_the_others(core, solver):
     func, z_init = diverging()
     z_out, info = torchdeq.get_deq(f_solver=solver, core=core, f_tol=1e-5).eval()(func, z_init)
     assert z_out[0].isfinite().all()
@@ -316,7 +316,7 @@ def test_a_sample_that_is_nan_at_once_holds_nobody_up():
     assert torch.equal(z[1], torch.zeros(3)) and info["abs_lowest"][1] == float("inf") and info["nstep"][1] == 0
 
 
-def test_pitfall_13_sliced_info_covers_all_slices():
+def test_sliced_info_covers_all_slices():
     func, z_init, _, _ = problem()
     deq = torchdeq.get_deq(n_states=3, f_max_iter=12, f_tol=1e-12, grad=2)
     info = deq(func, z_init)[1]
@@ -325,7 +325,7 @@ def test_pitfall_13_sliced_info_covers_all_slices():
 
 
 @pytest.mark.parametrize("rule", [{"ift": True}, {"hook_ift": True}])
-def test_pitfall_15_second_derivatives_raise(rule):
+def test_second_derivatives_raise(rule):
     x = torch.tensor([[0.3]], requires_grad=True)
     z_out, _ = torchdeq.get_deq(f_tol=1e-7, f_max_iter=100, **rule)(lambda z: torch.cos(z) * x, torch.zeros(1, 1))
     (first,) = torch.autograd.grad(z_out[-1].sum(), x, create_graph=True)
@@ -471,7 +471,7 @@ def test_a_step_can_be_planned_without_data(given):
     assert layer.weight.grad.shape == (4, 4) and info["nstep"].shape == (2,)
 
 
-def test_pitfall_16_the_map_may_run_in_lower_precision():
+def test_the_map_may_run_in_lower_precision():
     torch.manual_seed(0)
     layer = nn.Linear(16, 16)
     with torch.no_grad():

@@ -25,7 +25,7 @@ def norm_of(layer, name="weight"):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pitfall_11_the_function_stays_when_a_norm_is_put_on_and_taken_off(kind):
+def test_the_function_stays_when_a_norm_is_put_on_and_taken_off(kind):
     model = net()
     before = [layer.weight.detach().clone() for layer in model]
     assert torchdeq.apply_norm(model, kind) is None
@@ -51,7 +51,7 @@ SPELLINGS = [
 
 @pytest.mark.parametrize("short, long", SPELLINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_pitfall_9_both_spellings_of_the_keywords_work(kind, short, long):
+def test_both_spellings_of_the_keywords_work(kind, short, long):
     models = [net() for _ in range(4)]
     torchdeq.apply_norm(models[0], kind, **short)
     torchdeq.apply_norm(models[1], kind, **long)
@@ -114,7 +114,7 @@ def test_filters_go_by_path(filters, normed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pitfall_10_copies_and_moves_work(kind):
+def test_copies_and_moves_work(kind):
     model = net()
     torchdeq.apply_norm(model, kind)
     torchdeq.reset_norm(model)

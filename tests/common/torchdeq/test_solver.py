@@ -69,14 +69,14 @@ def test_the_best_state_is_returned_unless_the_last_is_asked_for():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pitfall_1_no_nan_from_a_state_that_was_fine(name):
+def test_no_nan_from_a_state_that_was_fine(name):
     func = lambda x: torch.where(x.abs() < 2, 0.9 * x + 0.5, torch.nan)  # wanders to 5: not finite after a while
     x, _, info = torchdeq.get_solver(name)(func, torch.zeros(2, 3), max_iter=30)
     assert x.isfinite().all() and info["abs_lowest"].isfinite().all() and (info["nstep"] >= 1).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pitfall_2_indexing_returns_as_many_states_as_listed(name):
+def test_indexing_returns_as_many_states_as_listed(name):
     func, x0, exact = linear(width=16, radius=0.5)
     solver = torchdeq.get_solver(name)
     x, states, info = solver(func, x0, max_iter=200, tol=1e-5, indexing=[3, 100, 200, 500])
@@ -87,7 +87,7 @@ def test_pitfall_2_indexing_returns_as_many_states_as_listed(name):
 
 @pytest.mark.parametrize("max_iter", [0, 1, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_pitfall_3_few_steps_are_taken_none_invented(name, max_iter):
+def test_few_steps_are_taken_none_invented(name, max_iter):
     func, x0, exact = linear(width=16, radius=0.5)
     x, _, info = torchdeq.get_solver(name)(func, x0, max_iter=max_iter)
     assert info["nstep"].tolist() == [float(max_iter)] * 4
@@ -98,7 +98,7 @@ def test_pitfall_3_few_steps_are_taken_none_invented(name, max_iter):
     assert (error(x) < error(x0)).all() and (info["abs_lowest"] < 1e3).all()  # torchdeq's Anderson: x0 and 1e8
 
 
-def test_pitfall_4_the_ridge_is_relative():
+def test_the_ridge_is_relative():
     func, x0, _ = linear(width=64, radius=0.99, symmetric=True)
     steps = []
     for scale in (1.0, 1e-4):
@@ -111,14 +111,14 @@ def test_pitfall_4_the_ridge_is_relative():
 
 
 @pytest.mark.parametrize("thres", [1, 2, 5, 10])
-def test_pitfall_5_any_broyden_memory_is_valid(thres):
+def test_any_broyden_memory_is_valid(thres):
     func, x0, exact = linear(width=64, radius=0.9)
     x, _, info = torchdeq.broyden_solver(func, x0, max_iter=400, tol=1e-6, stop_mode="rel", LBFGS_thres=thres)
     assert info["nstep"].max() < 400
     torch.testing.assert_close(x, exact, rtol=0, atol=1e-3)
 
 
-def test_pitfall_6_rel_does_not_depend_on_the_width():
+def test_rel_does_not_depend_on_the_width():
     steps = []
     for width in (8, 512, 4096):
         func = lambda x: 0.5 * x + 1
@@ -127,7 +127,7 @@ def test_pitfall_6_rel_does_not_depend_on_the_width():
     assert len(set(steps)) == 1
 
 
-def test_pitfall_7_the_simple_iteration_takes_raw_callables_and_serves_backward():
+def test_the_simple_iteration_takes_raw_callables_and_serves_backward():
     x, _, info = torchdeq.simple_fixed_point_iter(torch.cos, torch.tensor(0.0), max_iter=80, tau=0.9)
     assert x.item() == pytest.approx(0.7390851, abs=1e-6) and info["nstep"].tolist() == [80.0]
     theta = torch.tensor([[0.5]], requires_grad=True)
@@ -138,7 +138,7 @@ def test_pitfall_7_the_simple_iteration_takes_raw_callables_and_serves_backward(
     assert theta.grad.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_pitfall_12_a_trace_is_residuals_one_per_step_for_every_solver():
+def test_a_trace_is_residuals_one_per_step_for_every_solver():
     func, x0, _ = linear(width=16, radius=0.5)
     for name in ("fixed_point_iter", "anderson", "broyden"):
         info = torchdeq.get_solver(name)(func, x0, max_iter=30, tol=1e-6)[2]
@@ -152,7 +152,7 @@ def test_pitfall_12_a_trace_is_residuals_one_per_step_for_every_solver():
         torch.testing.assert_close(trace[:, 0], first)
 
 
-def test_pitfall_14_broyden_records_the_state_after_the_step_asked_for():
+def test_broyden_records_the_state_after_the_step_asked_for():
     func, x0, _ = linear(width=16, radius=0.5)
     for position in (1, 2, 4):
         (state,) = torchdeq.broyden_solver(func, x0, max_iter=20, tol=1e-9, indexing=[position])[1]
