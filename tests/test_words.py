@@ -17,7 +17,7 @@ WORDS = {
     r"\b(the|an) issue (asks|says|wants|names)\b|\bof the issue\b|\bdesign section \d": "state the fact",
     r"\(verify\)|, verify[).\"]": "call the number unverified",
     # phrases that were replaced by the field's own terms
-    r"\btold (t|omega|t_min|their class)\b|\b(network|MLP|it|labels) (is|are) told\b": "conditioned on",
+    r"\btold (t|omega|t_min|their class)\b|\b(network|MLP|labels) (is|are) told\b": "conditioned on",
     r"\berror of no answer\b|\bthan no answer\b": "EPE of predicting zero flow",
     r"\bnet of (the )?encoders\b": "beyond the encoders and one step",
     r"\bwhoever left\b|\bhangs on the weights\b": "subject, verb, object",
