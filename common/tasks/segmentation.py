@@ -212,8 +212,8 @@ class Segmentation(ResearchModule):
         pairs = data.pairs(next(name for name in ("test", "val", "train") if name in data.splits))
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:samples]
         images, truths = zip(*(pairs.read(index) for index in order.tolist()))
-        said = [self.classes(image, data.eval_fit) for image in images]
-        return write_overlays(path, images, said, truths, palette=data.palette, names=data.class_names)
+        predicted = [self.classes(image, data.eval_fit) for image in images]
+        return write_overlays(path, images, predicted, truths, palette=data.palette, names=data.class_names)
 
     def classes(self, image: Tensor, fit: Sequence[int] | None = None) -> Tensor:
         """Predicted classes (H, W) on the CPU of one picture uint8 (3, H, W), resized to `fit` as in evaluation."""
@@ -230,10 +230,12 @@ class Segmentation(ResearchModule):
         written = []
         for name, path in find_pictures(files).items():
             image = read_picture(path)
-            said = self.classes(image, data.eval_fit)
+            predicted = self.classes(image, data.eval_fit)
             sheet = folder / f"{name}.png"
-            written.append(write_overlays(sheet, [image], [said], None, palette=data.palette, names=data.class_names))
-            written.append(write_classes(folder / f"{name}_classes.png", said, data.palette))
+            written.append(
+                write_overlays(sheet, [image], [predicted], None, palette=data.palette, names=data.class_names)
+            )
+            written.append(write_classes(folder / f"{name}_classes.png", predicted, data.palette))
         return written
 
 

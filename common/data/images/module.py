@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common import limits
 from common.data.restart import Batches, CountedBatches, RestartingDataModule
 from common.data.sampler import EvalSampler, StatelessSampler, check_batch_size
 from common.data.source import Images, Source, check_split
@@ -62,8 +63,7 @@ class ImageDataModule(RestartingDataModule):
         super().__init__()
         check_batch_size(batch_size, 1, "1")
         check_batch_size(eval_batch_size, 1, "1", field="data.eval_batch_size")
-        if num_workers < 0:
-            raise UserError(f"data.num_workers must be >= 0, got {num_workers}. Set data.num_workers=0 for none.")
+        limits.whole("data.num_workers", num_workers, hint="Set data.num_workers=0 for none.")
         self.source = source
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from common import limits
 from common.data.images.module import to_unit_range
 from common.data.restart import Batches, CountedBatches, RestartingDataModule
 from common.data.sampler import EqualSizes, check_batch_size
@@ -19,7 +20,7 @@ from common.data.segmentation.augment import IGNORE, PairedAugment, check_fit, r
 from common.data.segmentation.pairs import Pairs, SegmentationSource, check_pairs
 from common.data.segmentation.palette import Palette
 from common.data.source import check_split
-from common.errors import UserError, nearest
+from common.errors import UserError
 
 WEIGHTINGS = ("none", "median_frequency", "inverse_log")
 
@@ -86,15 +87,10 @@ class SegmentationDataModule(RestartingDataModule):
         check_batch_size(eval_batch_size, 1, "1", field="data.eval_batch_size")
         check_fit(eval_fit, "data.eval_fit")
         check_split(train_split, source.splits, f"data.train_split: {source.name}")
-        if class_weighting not in WEIGHTINGS:
-            raise UserError(
-                f"data.class_weighting must be one of {', '.join(WEIGHTINGS)}, got {class_weighting!r}. "
-                f"{nearest(class_weighting, WEIGHTINGS)}Set none for equal weights."
-            )
-        if checked_pairs is not None and checked_pairs < 0:
-            raise UserError(f"data.checked_pairs must be >= 0 or null, got {checked_pairs}. Set null to check all.")
-        if num_workers < 0:
-            raise UserError(f"data.num_workers must be >= 0, got {num_workers}. Set data.num_workers=0 for none.")
+        limits.choice("data.class_weighting", class_weighting, WEIGHTINGS, hint="Set none for equal weights.")
+        if checked_pairs is not None:
+            limits.whole("data.checked_pairs", checked_pairs, hint="Set null to check all.")
+        limits.whole("data.num_workers", num_workers, hint="Set data.num_workers=0 for none.")
         self.source, self.augment = source, augment
         self.batch_size, self.eval_batch_size, self.eval_fit = batch_size, eval_batch_size, eval_fit
         self.train_split, self.class_weighting, self.checked_pairs = train_split, class_weighting, checked_pairs

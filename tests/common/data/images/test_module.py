@@ -217,7 +217,7 @@ def test_bad_numbers_are_refused():
         module(batch_size=0)
     with pytest.raises(UserError, match=r"data\.eval_batch_size must be >= 1, got -1"):
         module(eval_batch_size=-1)
-    with pytest.raises(UserError, match=r"data\.num_workers must be >= 0"):
+    with pytest.raises(UserError, match=r"data\.num_workers must be a whole number >= 0"):
         module(num_workers=-1)
     with pytest.raises(UserError, match=r"divisible by processes x trainer\.accumulate_grad_batches = 3, got 8"):
         fit(1, module(), accumulate_grad_batches=3)

@@ -237,8 +237,8 @@ def test_kept_pairs_are_decoded_once_and_are_the_same():
         (dict(eval_fit=[1, 2]), r"data\.eval_fit must be"),
         (dict(train_split="trian"), r"data\.train_split: made_up has no split 'trian'\. Closest: train"),
         (dict(class_weighting="median"), r"data\.class_weighting must be one of .* Closest: median_frequency"),
-        (dict(checked_pairs=-1), r"data\.checked_pairs must be >= 0 or null"),
-        (dict(num_workers=-1), r"data\.num_workers must be >= 0"),
+        (dict(checked_pairs=-1), r"data\.checked_pairs must be a whole number >= 0"),
+        (dict(num_workers=-1), r"data\.num_workers must be a whole number >= 0"),
     ],
 )
 def test_bad_options_are_refused(option, match):
