@@ -101,8 +101,9 @@ def train_on_two(folder: Path, experiment: str, *overrides: str, extra: Callback
 
 
 def rows(folder: Path) -> list[dict]:
+    """The rows of the optimiser steps; row 0 is of the initial weights."""
     with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if row["step"] != "0"]
 
 
 def newest(folder: Path) -> dict:
