@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from common import limits
 from common.errors import UserError
 
 MANY = 2**31 - 1  # more classes than any data set has
@@ -198,14 +199,10 @@ def open_encoder(options: argparse.Namespace):
 
 def _check(options: argparse.Namespace) -> None:
     for name in ("batch_size", "shard_size", "world"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(options, name)}. Set it higher.")
-    if options.workers < 0:
-        raise UserError(f"--workers must be >= 0, got {options.workers}. Set 0 to read in this process.")
-    if options.size < 8 or options.size % 8:
-        raise UserError(f"--size must be a multiple of 8 pixels, got {options.size}. Set 256 or 512.")
-    if not 0 <= options.rank < options.world:
-        raise UserError(f"--rank must lie in 0..{options.world - 1}, got {options.rank}. Number processes from 0.")
+        limits.whole(f"--{name.replace('_', '-')}", getattr(options, name), least=1, hint="Set it higher.")
+    limits.whole("--workers", options.workers, hint="Set 0 to read in this process.")
+    limits.multiple_of("--size", options.size, 8, "pixels per latent", hint="Set 256 or 512.")
+    limits.whole("--rank", options.rank, most=options.world - 1, hint="Number processes from 0.")
 
 
 def _device(options: argparse.Namespace):

@@ -6,18 +6,16 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from common import limits
 from common.errors import UserError
 
 
 def check_batch_size(batch_size: int, parts: int, meaning: str, field: str = "data.batch_size") -> None:
     """Raises UserError unless `batch_size` >= 1 and divides into `parts` equal shares; `meaning` says what they are."""
-    if batch_size < 1:
-        raise UserError(f"{field} must be >= 1, got {batch_size}. Set {field} to a positive number of images.")
-    if batch_size % parts:
-        raise UserError(
-            f"{field} must be divisible by {meaning} = {parts}, got {batch_size}. "
-            f"Set {field} to {max(parts, batch_size - batch_size % parts)} or change the number of parts."
-        )
+    limits.whole(field, batch_size, least=1)
+    smaller = max(parts, batch_size - batch_size % parts)  # rounded down: a larger batch may not fit in memory
+    hint = f"Set {field}={smaller}, or change the number of parts."
+    limits.multiple_of(field, batch_size, parts, meaning, hint)
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -58,7 +56,7 @@ class StatelessSampler(Sampler):
     ):
         if dataset_size < 1:
             raise UserError(f"the training set must hold at least 1 image, got {dataset_size}. Check data.root.")
-        check_batch_size(batch_size, world_size, "the number of processes (world size)")
+        check_batch_size(batch_size, world_size, "the number of processes")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0..{world_size - 1}, got {rank}")
         self.dataset_size = dataset_size

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from common.errors import UserError, nearest
+from common import limits
+from common.errors import UserError
 from common.metrics.features import FeatureExtractor
 from common.metrics.fid import GaussianStatistics, frechet_distance
 from common.metrics.images import ROUNDINGS, to_uint8
@@ -59,15 +60,9 @@ class GeneratorEvaluation:
         cache_dir: str = ".cache/metrics",
         device: str = "auto",
     ):
-        if samples < 1:
-            raise UserError(f"samples must be >= 1, got {samples}. Set evaluate.samples to a positive number.")
-        if batch_size < 1:
-            raise UserError(f"batch_size must be >= 1, got {batch_size}. Set evaluate.batch_size to a positive number.")
-        if rounding not in ROUNDINGS:
-            hint = nearest(rounding, ROUNDINGS)
-            raise UserError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}. {hint}".strip())
-        if ddof not in (0, 1):
-            raise UserError(f"ddof must be 0 (divide by n) or 1 (divide by n - 1), got {ddof}. Set evaluate.ddof=1.")
+        limits.positive(**{"evaluate.samples": samples, "evaluate.batch_size": batch_size})
+        limits.choice("evaluate.rounding", rounding, ROUNDINGS)
+        limits.choice("evaluate.ddof", ddof, (0, 1), hint="Set 0 to divide by n, 1 to divide by n - 1.")
         names = [extractor.name for extractor in extractors]
         if not names or len(set(names)) < len(names):
             raise UserError(f"extractors must hold at least one, each once, got {names}. Change evaluate.extractors.")
@@ -126,8 +121,7 @@ class GeneratorEvaluation:
         self, reference: ReferenceImages, *, kind: str = "gaussian", seed: int = 0
     ) -> dict[str, Measurement]:
         """The distance pure noise has: N(0, 1) clipped to [-1, 1] ("gaussian"), or uniform on [-1, 1] ("uniform")."""
-        if kind not in NOISES:
-            raise UserError(f"kind of noise must be one of {', '.join(NOISES)}, got {kind!r}. {nearest(kind, NOISES)}")
+        limits.choice("kind of noise", kind, NOISES)
         shape = next(iter(reference.images(1))).shape[1:]
         return self(_noise(kind, self.samples, self.batch_size, shape, seed), reference)
 

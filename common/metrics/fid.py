@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import limits
 from common.archives import open_npz
 from common.errors import UserError
 from common.files import write_bytes
@@ -38,9 +39,7 @@ class GaussianStatistics:
     """
 
     def __init__(self, *, dim: int, record: Mapping | None = None, device: str | torch.device = "cpu"):
-        if dim < 1:
-            raise UserError(f"dim must be >= 1, got {dim}. Give the width of the feature vectors.")
-        self.dim = dim
+        self.dim = limits.whole("dim", dim, least=1, hint="Give the width of the feature vectors.")
         self.record = dict(record or {})
         self.n = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
@@ -82,8 +81,7 @@ class GaussianStatistics:
 
         Raises UserError when n - ddof < 1.
         """
-        if ddof not in (0, 1):
-            raise UserError(f"ddof must be 0 (divide by n) or 1 (divide by n - 1), got {ddof}.")
+        limits.choice("ddof", ddof, (0, 1), hint="Set 0 to divide by n, 1 to divide by n - 1.")
         if self.n - ddof < 1:
             raise UserError(f"a covariance needs at least {1 + ddof} samples, got {self.n}. Measure more images.")
         return self.scatter / (self.n - ddof)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from common.errors import UserError, nearest
+from common import limits
+from common.errors import UserError
 
 ROUNDINGS = ("edm", "floor255", "nearest")
 
@@ -18,9 +19,7 @@ def to_uint8(x: Tensor, rule: str = "edm") -> Tensor:
 
     Raises UserError on an unknown rule, on other integer types and on non-finite values.
     """
-    if rule not in ROUNDINGS:
-        hint = nearest(rule, ROUNDINGS)
-        raise UserError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rule!r}. {hint}Set rounding=edm.")
+    limits.choice("rounding", rule, ROUNDINGS)
     if x.dtype == torch.uint8:
         return x
     if not x.is_floating_point():

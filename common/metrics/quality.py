@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from common import limits
 from common.errors import UserError
 
 
@@ -14,7 +15,8 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
 
     Raises UserError when N < splits.
     """
-    if splits < 1 or logits.dim() != 2 or len(logits) < splits:
+    limits.positive(splits=splits)
+    if logits.dim() != 2 or len(logits) < splits:
         raise UserError(
             f"an inception score in {splits} splits needs logits (N, K) of at least that many images, got shape "
             f"{tuple(logits.shape)}. Set samples higher."
@@ -40,8 +42,7 @@ def precision_recall(real: Tensor, fake: Tensor, *, neighbours: int = 3, chunk: 
     precision = share of fakes inside some real ball, recall = share of reals inside some fake ball.
     Raises UserError when a set has no more than `neighbours` members.
     """
-    if neighbours < 1 or chunk < 1:
-        raise UserError(f"neighbours and chunk must be >= 1, got {neighbours} and {chunk}.")
+    limits.positive(neighbours=neighbours, chunk=chunk)
     if min(len(real), len(fake)) <= neighbours:
         raise UserError(
             f"precision and recall with {neighbours} neighbours need more than {neighbours} images on both sides, "
@@ -80,7 +81,8 @@ def kernel_distance(real: Tensor, fake: Tensor, *, subsets: int = 100, size: int
     real (N, D), fake (M, D)  features; size is cut to min(N, M). Can be negative. Raises UserError below 2 images.
     """
     size = min(size, len(real), len(fake))
-    if size < 2 or subsets < 1:
+    limits.positive(subsets=subsets)
+    if size < 2:
         raise UserError(f"a kernel distance needs >= 2 images on both sides, got {len(real)} and {len(fake)}.")
     generator = torch.Generator().manual_seed(seed)
     total = 0.0

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import limits
 from common.data.images.module import to_unit_range
 from common.errors import UserError
 from common.files import atomic
@@ -48,8 +49,8 @@ class ImageClassification(EquilibriumModule):
                 f"project.mean and project.std must hold one number per channel ({net.img_channels}), "
                 f"got {len(mean)} and {len(std)}."
             )
-        if min(std) <= 0:
-            raise UserError(f"project.std must be positive, got {min(std)}. Set it to the images' standard deviation.")
+        for value in std:
+            limits.number("project.std", value, above=0, hint="Set it to the images' standard deviation.")
         self.augment = augment
         # as a map of images in [-1, 1]: ((x + 1) / 2 - mean) / std = x gain + offset
         gain, centre = 0.5 / torch.tensor(std), (0.5 - torch.tensor(mean)) / torch.tensor(std)

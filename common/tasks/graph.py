@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.errors import UserError, nearest
+from common import limits
+from common.errors import UserError
 from common.files import write_text
 from common.runtime.training.equilibrium import EquilibriumModule
 from common.runtime.training.figures import new_figure, save_figure
@@ -37,12 +38,7 @@ class GraphClassification(EquilibriumModule):
         self, *, net: nn.Module, loss: str, optimizer: Callable, schedule: Callable | None, correction: Callable | None
     ):
         super().__init__(net=net, optimizer=optimizer, schedule=schedule, correction=correction)
-        if loss not in LOSSES:
-            raise UserError(
-                f"project.loss must be one of {', '.join(LOSSES)}, got {loss!r}. {nearest(loss, LOSSES)}"
-                "Set project.loss=cross_entropy."
-            )
-        self.loss = loss
+        self.loss = limits.choice("project.loss", loss, LOSSES, hint="Set project.loss=cross_entropy.")
 
     # Training and evaluation ------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from common import limits
 from common.deq.layers import reset
 from common.errors import UserError
 from common.files import write_text
@@ -54,10 +55,9 @@ class Language(EquilibriumModule):
     ):
         super().__init__(net=net, optimizer=optimizer, schedule=schedule, correction=correction)
         for name, value in (("length", length), ("text_length", text_length), ("top_k", top_k)):
-            if value is not None and value < 1:
-                raise UserError(f"project.{name} must be >= 1, got {value}. Set project.{name} to a positive number.")
-        if not temperature >= 0:
-            raise UserError(f"project.temperature must be >= 0, got {temperature}. Set it to 1.0 to sample the model.")
+            if value is not None:
+                limits.whole(f"project.{name}", value, least=1)
+        limits.number("project.temperature", temperature, least=0, hint="Set it to 1.0 to sample the model.")
         if not prompt:
             raise UserError('project.prompt must hold at least one token. Set project.prompt="\\n" for a new line.')
         self.length, self.prompt, self.text_length = length, prompt, text_length

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common import limits
 from common.losses.meanflow import ImprovedMeanFlowLoss, MeanFlowLoss
 from common.runtime.training.context import context_of
 from common.runtime.training.module import modes_of, restore_modes, to_device
@@ -32,8 +32,7 @@ class LossNoise(Callback):
     """
 
     def __init__(self, *, losses: Mapping[str, MeanFlowLoss | ImprovedMeanFlowLoss], batches: int = 100):
-        if batches < 2:
-            raise UserError(f"batches of the loss noise must be at least 2, got {batches}. Set batches=100.")
+        limits.whole("batches of the loss noise", batches, least=2, hint="Set batches=100.")
         self.losses, self.batches = dict(losses), batches
         self._found: dict[str, float] = {}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from common import limits
 from common.data.images.module import to_unit_range
 from common.data.segmentation.augment import IGNORE, resized, scaled_size
-from common.errors import UserError, nearest
+from common.errors import UserError
 from common.ham.ham import update_bases
 from common.metrics.segmentation import confusion_matrix, segmentation_scores
 from common.optim.groups import bias_and_norm_groups
@@ -242,19 +242,18 @@ class Segmentation(ResearchModule):
 def _check(net, mean, std, class_weights, scales, merge) -> None:
     if not len(mean) == len(std) == 3:
         raise UserError(f"project.mean and project.std must hold 3 numbers each, got {len(mean)} and {len(std)}.")
-    if min(std) <= 0:
-        raise UserError(f"project.std must be positive, got {min(std)}. Set it to the images' standard deviation.")
+    for value in std:
+        limits.number("project.std", value, above=0, hint="Set it to the images' standard deviation.")
     if class_weights is not None and len(class_weights) != net.num_classes:
         raise UserError(
             f"project.class_weights must hold one number per class ({net.num_classes}), got {len(class_weights)}. "
             "Set it to null for those of data.class_weighting."
         )
-    if not scales or min(scales) <= 0:
-        raise UserError(f"project.scales must hold positive numbers, got {list(scales)}. Set it to [1.0] for one size.")
-    if merge not in MERGES:
-        raise UserError(
-            f"project.merge must be one of {', '.join(MERGES)}, got {merge!r}. {nearest(str(merge), MERGES)}"
-        )
+    if not scales:
+        raise UserError("project.scales is empty. Set project.scales=[1.0] for one size.")
+    for scale in scales:
+        limits.number("each of project.scales", scale, above=0, hint="Set project.scales=[1.0] for one size.")
+    limits.choice("project.merge", merge, MERGES)
 
 
 def _resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import limits
 from common.data.restart import RestartingDataModule
 from common.data.sampler import check_batch_size
 from common.data.source import check_split
-from common.errors import UserError, nearest
 
 CURVES = ("swiss_roll", "spiral")
 
@@ -24,8 +24,7 @@ def isometry(dimension: int, seed: int) -> Tensor:
 
     Raises UserError for fewer than 2 dimensions.
     """
-    if dimension < 2:
-        raise UserError(f"data.dimension must be >= 2, got {dimension}. Set it to the dimensions of the space.")
+    limits.whole("data.dimension", dimension, least=2, hint="Set it to the dimensions of the space.")
     drawn = np.random.RandomState(seed).standard_normal((dimension, 2))  # numpy promises that this stream never changes
     q, r = np.linalg.qr(drawn)
     return torch.from_numpy((q * np.sign(np.diag(r))).astype(np.float32))  # the signs make it uniform
@@ -38,8 +37,7 @@ def curve(u: np.ndarray, kind: str) -> np.ndarray:
           equally many points everywhere along its length, nearly
     Raises UserError for another word.
     """
-    if kind not in CURVES:
-        raise UserError(f"data.curve must be one of {', '.join(CURVES)}, got {kind!r}. {nearest(kind, CURVES)}".strip())
+    limits.choice("data.curve", kind, CURVES)
 
     def at(u):
         angle = 1.5 * math.pi * (1 + 2 * u) if kind == "swiss_roll" else 6 * math.pi * np.sqrt(u)
@@ -87,12 +85,9 @@ class LiftedCurve(RestartingDataModule):
     ):
         super().__init__()
         check_batch_size(batch_size, 1, "1")
-        if eval_batch_size < 2:
-            raise UserError(f"data.eval_batch_size must be >= 2, got {eval_batch_size}. One point has no distribution.")
-        if not noise >= 0:
-            raise UserError(f"data.noise must be >= 0, got {noise}. Set 0 for none.")
-        if test_count < 1:
-            raise UserError(f"data.test_count must be >= 1, got {test_count}. Set it to the points to measure.")
+        limits.whole("data.eval_batch_size", eval_batch_size, least=2)
+        limits.number("data.noise", noise, least=0, hint="Set data.noise=0 for none.")
+        limits.whole("data.test_count", test_count, least=1, hint="Set it to the points to measure.")
         self.plane = isometry(dimension, plane_seed)
         self._points_at(np.zeros((1, 4), dtype=np.uint64), curve, noise)
         self.dimension, self.curve, self.noise, self.plane_seed = dimension, curve, noise, plane_seed

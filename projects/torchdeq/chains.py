@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from common import limits
 from common.data.graph.module import Graph, row_normalise
 from common.data.source import check_split
 from common.errors import UserError
@@ -40,7 +41,7 @@ class Chains:
         test_nodes: int = 200,
         seed: int = 42,
     ):
-        limits = {
+        least_values = {
             "classes": (classes, 2),
             "chains": (chains, 1),
             "length": (length, 2),
@@ -49,11 +50,8 @@ class Chains:
             "val_nodes": (val_nodes, 1),
             "test_nodes": (test_nodes, 1),
         }
-        for field, (value, least) in limits.items():
-            if value < least:
-                raise UserError(
-                    f"data.source.{field} must be >= {least}, got {value}. Set data.source.{field}={least} or more."
-                )
+        for field, (value, least) in least_values.items():
+            limits.whole(f"data.source.{field}", value, least=least)
         nodes, wanted = classes * chains * length, train_nodes + val_nodes + test_nodes
         if wanted > nodes:
             raise UserError(

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import limits
 from common.data.restart import RestartingDataModule
 from common.data.sampler import StatelessSampler, check_batch_size
 from common.data.source import check_split
-from common.errors import UserError
 from projects.torchdeq.signals import Signal, SignalSource
 
 Batch = dict[str, Tensor]
@@ -58,8 +58,7 @@ class SignalDataModule(RestartingDataModule):
         super().__init__()
         check_batch_size(batch_size, 1, "1")
         check_batch_size(eval_batch_size, 1, "1", field="data.eval_batch_size")
-        if stride < 1:
-            raise UserError(f"data.stride must be >= 1, got {stride}. Set data.stride=1 to train on every point.")
+        limits.whole("data.stride", stride, least=1, hint="Set data.stride=1 to train on every point.")
         self.source = source
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

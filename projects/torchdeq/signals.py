@@ -10,9 +10,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from common import limits
 from common.data.pictures import is_picture, list_pictures, read_frames, read_picture, reason_of
 from common.data.source import UNREADABLE
-from common.errors import UserError, nearest
+from common.errors import UserError
 
 # Photographs inside scikit-image's wheel: name -> grey or colour. Others of its gallery are downloads.
 PHOTOGRAPHS = {
@@ -69,12 +70,7 @@ class Photograph:
     def __init__(
         self, *, picture: str = "camera", size: tuple[int, int] | list[int] | None = None, channels: int | None = None
     ):
-        if picture not in PHOTOGRAPHS:
-            raise UserError(
-                f"data.source.picture is {picture!r}. {nearest(picture, PHOTOGRAPHS)}"
-                f"Choose one of {', '.join(PHOTOGRAPHS)}."
-            )
-        self.name = picture
+        self.name = limits.choice("data.source.picture", picture, PHOTOGRAPHS)
         self.size = checked_size(size)
         self.channels = PHOTOGRAPHS[picture] if channels is None else channels
 
@@ -162,10 +158,9 @@ class Wav:
     name = "audio"
 
     def __init__(self, *, path: str, start: float = 0.0, seconds: float | None = None):
-        if start < 0 or (seconds is not None and seconds <= 0):
-            raise UserError(
-                f"data.source.start must be >= 0 and data.source.seconds > 0 or null, got {start} and {seconds}."
-            )
+        limits.number("data.source.start", start, least=0, hint="Set data.source.start=0 to skip nothing.")
+        if seconds is not None:
+            limits.number("data.source.seconds", seconds, above=0, hint="Set null to read to the end.")
         self.path = Path(path).expanduser()
         self.start = start
         self.seconds = seconds
@@ -218,8 +213,9 @@ class Frames:
         size: tuple[int, int] | list[int] | None = None,
         rate: float = 25.0,
     ):
-        if start < 0 or (frames is not None and frames < 1):
-            raise UserError(f"data.source.start must be >= 0 and data.source.frames >= 1, got {start} and {frames}.")
+        limits.whole("data.source.start", start, hint="Set data.source.start=0 to skip nothing.")
+        if frames is not None:
+            limits.whole("data.source.frames", frames, least=1, hint="Set null to read to the end.")
         self.path = Path(path).expanduser()
         self.pattern = pattern
         self.start = start
@@ -278,8 +274,7 @@ class Frames:
 
 def picture_signal(picture: Image.Image, size: tuple[int, int] | None, channels: int) -> Signal:
     """An image signal (H, W, channels), pixels x / 127.5 - 1; `size` and `channels` as in `Photograph`."""
-    if channels not in (1, 3):
-        raise UserError(f"data.source.channels must be 1 (grey) or 3 (colour), got {channels}.")
+    limits.choice("data.source.channels", channels, (1, 3), hint="Set 1 for grey, 3 for colour.")
     picture = picture.convert("RGB" if channels == 3 else "L")
     if size is not None:
         picture = ImageOps.fit(picture, (size[1], size[0]), method=Image.Resampling.LANCZOS)

@@ -66,7 +66,7 @@ def test_matrices_depend_on_seed_split_and_number():
         ({"rank": 17}, "data.rank must be between 1 and the smaller side of 16 x 40, got 17"),
         ({"noise": -1.0}, "data.noise must be >= 0"),
         ({"test_count": 0}, "data.test_count must be >= 1"),
-        ({"batch_size": 0}, "data.batch_size must be >= 1"),
+        ({"batch_size": 0}, "data.batch_size must be a whole number >= 1"),
     ],
 )
 def test_matrices_out_of_range(option, message):

@@ -231,10 +231,10 @@ def test_a_damaged_picture_is_named_and_may_be_skipped(stand_in, pictures, tmp_p
 @pytest.mark.parametrize(
     "more, sentence",
     [
-        (["--size", "20"], "--size must be a multiple of 8 pixels, got 20"),
-        (["--shard-size", "0"], "--shard-size must be >= 1, got 0"),
-        (["--rank", "2", "--world", "2"], "--rank must lie in 0..1, got 2"),
-        (["--workers", "-1"], "--workers must be >= 0"),
+        (["--size", "20"], "--size must be a multiple of 8 (pixels per latent), got 20"),
+        (["--shard-size", "0"], "--shard-size must be a whole number >= 1, got 0"),
+        (["--rank", "2", "--world", "2"], "--rank must be a whole number >= 0 and <= 1, got 2"),
+        (["--workers", "-1"], "--workers must be a whole number >= 0"),
         (["--encoder", "stand_in_encoder.Nothing"], "--encoder stand_in_encoder.Nothing cannot be imported"),
         (["--vae", "broken"], "non-finite numbers from"),
         (["--encoder", "common.weights.vae.SdVae", "--vae", "nowhere"], "nowhere does not exist|diffusers"),

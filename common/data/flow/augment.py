@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as colour
 
+from common import limits
 from common.data.draws import PositionDraws
 from common.errors import UserError
 
@@ -279,8 +280,5 @@ def _factors(scales: Sequence[float], flip_x: bool, flip_y: bool) -> Tensor:
 def _check(augment: DenseAugment | SparseAugment) -> None:
     if len(augment.crop) != 2 or min(augment.crop) < 8:
         raise UserError(f"data.crop must be [height, width], both >= 8, got {list(augment.crop)}. Set [368,496].")
-    if augment.min_scale > augment.max_scale:
-        raise UserError(
-            f"augment.min_scale must not be above max_scale = {augment.max_scale}, got {augment.min_scale}. They are "
-            "exponents of 2: set -0.2 and 0.5."
-        )
+    exponents = "It is at most augment.max_scale. Both are exponents of 2: set -0.2 and 0.5."
+    limits.number("augment.min_scale", augment.min_scale, most=augment.max_scale, hint=exponents)

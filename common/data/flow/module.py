@@ -42,10 +42,7 @@ class TrainingSet:
 
     def __post_init__(self):
         check_split(self.split, self.source.splits, self.source.name)
-        if self.weight < 0 or int(self.weight) != self.weight:
-            raise UserError(
-                f"data.train: a weight must be a whole number >= 0, got {self.weight}. Set 0 to leave it out."
-            )
+        limits.whole("data.train.<set>.weight", self.weight, hint="Set 0 to leave the set out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +115,7 @@ class FlowData(RestartingDataModule):
         check_batch_size(eval_batch_size, 1, "1", field="data.eval_batch_size")
         if len(crop) != 2 or min(crop) < 8 or any(side % 8 for side in crop):
             raise UserError(f"data.crop must be [height, width], multiples of 8, got {list(crop)}. Set [368,496].")
-        if num_workers < 0:
-            raise UserError(f"data.num_workers must be >= 0, got {num_workers}. Set data.num_workers=0 for none.")
+        limits.whole("data.num_workers", num_workers, hint="Set data.num_workers=0 for none.")
         self.train = {key: part for key, part in train.items() if part is not None and part.weight}
         self.evaluation = {key: part for key, part in evaluation.items() if part is not None}
         if not self.train:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torchvision import datasets
 
+from common import limits
 from common.data.flow.pairs import FilePairs
 from common.data.source import check_split
 from common.errors import UserError
@@ -245,9 +246,7 @@ def _digits(path: str, count: int) -> int:
 
 
 def _checked_pass(passes: str) -> str:
-    if passes not in PASSES:
-        raise UserError(f"source.passes must be one of {', '.join(PASSES)}, got {passes!r}.")
-    return passes
+    return limits.choice("source.passes", passes, PASSES)
 
 
 def _short(error: BaseException) -> str:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import limits
 from common.data.draws import PositionDraws
 from common.data.flow.photographs import Photographs
 from common.data.source import check_split
@@ -85,19 +86,15 @@ class SynthFlow:
         if len(size) != 2 or min(size) < 16:
             raise UserError(f"source.size must be [height, width], both >= 16, got {list(size)}. Set [96,128].")
         for field, value in (("pairs", pairs), ("held_out_pairs", held_out_pairs)):
-            if value < 1:
-                raise UserError(f"source.{field} must be >= 1, got {value}. Set {field}=64.")
+            limits.whole(f"source.{field}", value, least=1, hint=f"Set source.{field}=64.")
         spreads = dict(shift=shift, smooth=smooth, rotation=rotation, zoom=zoom, shear=shear, layer_shift=layer_shift)
-        for field, value in (*spreads.items(), ("layers", layers)):
-            if value < 0:
-                raise UserError(f"source.{field} must be >= 0, got {value}. Set 0 for none.")
-        if smooth > spacing / 10:
-            raise UserError(
-                f"source.smooth = {smooth:g} must not exceed source.spacing / 10 = {spacing / 10:g}, else the picture "
-                f"folds. Set source.spacing={10 * smooth:g}."
-            )
-        if max_flow <= 0:
-            raise UserError(f"source.max_flow must be above 0 pixels, got {max_flow}. Set 100.")
+        for field, value in spreads.items():
+            limits.number(f"source.{field}", value, least=0, hint="Set 0 for none.")
+        limits.whole("source.layers", layers, hint="Set 0 for none.")
+        limits.number("source.spacing", spacing, above=0, hint="Set source.spacing=32.")
+        folds = f"More than source.spacing / 10 folds the picture. Set source.spacing={10 * smooth:g}."
+        limits.number("source.smooth", smooth, most=spacing / 10, hint=folds)
+        limits.number("source.max_flow", max_flow, above=0, hint="Set source.max_flow=100, in pixels.")
         if len(layer_radius) != 2 or not 0 < layer_radius[0] <= layer_radius[1]:
             raise UserError(f"source.layer_radius must be [least, most] above 0, got {list(layer_radius)}.")
         self.size, self.pairs, self.held_out_pairs = (int(size[0]), int(size[1])), pairs, held_out_pairs
@@ -158,8 +155,7 @@ class SynthPairs:
 
         Raises UserError unless frames >= 2.
         """
-        if frames < 2:
-            raise UserError(f"frames must be >= 2, got {frames}. Ask for two frames at least.")
+        limits.whole("frames", frames, least=2)
         draw = PositionDraws(self.source.seed, index, f"synthflow sequence {self.split}")
         layers = self._layers(draw)
         paths = [self._path(draw, frames, camera=number == 0) for number in range(len(layers))]

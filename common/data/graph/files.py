@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common import limits
 from common.archives import open_npz
 from common.data.graph.module import Graph, both_ways, row_normalise
 from common.data.source import UNREADABLE, check_split, find_folder
-from common.errors import UserError, nearest
+from common.errors import UserError
 
 CITATION_CLASSES = {"cora": 7, "citeseer": 6}
 PPI_FILES = {"train": "train", "val": "valid", "test": "test"}  # split -> prefix of its files
@@ -29,12 +30,7 @@ class Planetoid:
     splits = ("train", "val", "test")
 
     def __init__(self, *, name: str, root: str):
-        if name not in CITATION_CLASSES:
-            raise UserError(
-                f"data.source.name must be one of {', '.join(CITATION_CLASSES)}, got {name!r}. "
-                f"{nearest(name, CITATION_CLASSES)}Set data=cora or data=citeseer."
-            )
-        self.name = name
+        self.name = limits.choice("data.source.name", name, CITATION_CLASSES, hint="Set data=cora or data=citeseer.")
         self.root = root
         self.num_classes = CITATION_CLASSES[name]
 
@@ -160,10 +156,8 @@ class TuDataset:
         folds: int = 10,
         fold_seed: int = 42,
     ):
-        if folds < 2:
-            raise UserError(f"data.source.folds must be >= 2, got {folds}. Set data.source.folds=10.")
-        if not 0 <= fold < folds:
-            raise UserError(f"data.source.fold must lie in 0..{folds - 1}, got {fold}. Choose one of these folds.")
+        limits.whole("data.source.folds", folds, least=2, hint="Set data.source.folds=10.")
+        limits.whole("data.source.fold", fold, most=folds - 1)
         self.name = name
         self.root = root
         self.num_classes = num_classes

@@ -1,7 +1,7 @@
 """The data module of every graph experiment: one graph, or several side by side as one block-diagonal graph.
 
-Nodes are rows. A link matrix A holds the weight of the link source -> target at A[source, target]; what a node hears is
-A^T x. Every batch carries both matrices in torch's CSR format, so that neither the product nor its backward transposes.
+Nodes are rows. A link matrix A holds the weight of the link source -> target at A[source, target]; nodes receive A^T x.
+Every batch carries both matrices in torch's CSR format, so that neither the product nor its backward transposes.
 
 Graphs of different sizes in one batch become ONE block-diagonal graph (no padding: a batch costs its links, not the
 square of its largest graph). For an equilibrium solver such a batch is one sample: nodes are coupled, rows are not.
@@ -21,10 +21,10 @@ from scipy.sparse import csgraph
 from scipy.sparse.linalg import eigs, eigsh
 from torch import Tensor
 
+from common import limits
 from common.data.restart import RestartingDataModule
 from common.data.sampler import EvalSampler, StatelessSampler, check_batch_size
 from common.data.source import check_split
-from common.errors import UserError, nearest
 
 KEPT_BATCHES = 32  # collated batches kept in memory: all 20 training graphs of PPI, every full-batch graph
 
@@ -68,15 +68,10 @@ def link_matrix(nodes: int, links: np.ndarray, normalise: str) -> sparse.csr_mat
 
     Raises UserError for another word.
     """
+    limits.choice("data.normalise", normalise, ("symmetric", "none"), hint="Set data.normalise=symmetric.")
     matrix = sparse.coo_matrix((np.ones(len(links)), (links[:, 0], links[:, 1])), shape=(nodes, nodes)).tocsr()
     if normalise == "none":
         return matrix
-    if normalise != "symmetric":
-        options = ("symmetric", "none")
-        raise UserError(
-            f"data.normalise must be one of {', '.join(options)}, got {normalise!r}. {nearest(normalise, options)}"
-            "Set data.normalise=symmetric."
-        )
     matrix = matrix + sparse.eye_array(nodes, format="csr")
     scale = sparse.diags_array(np.asarray(matrix.sum(1)).ravel() ** -0.5)  # row sums are >= 1: every node has its loop
     return sparse.csr_matrix(scale @ matrix @ scale)
@@ -221,8 +216,8 @@ class GraphDataModule(RestartingDataModule):
         super().__init__()
         check_batch_size(batch_size, 1, "1")
         check_batch_size(eval_batch_size, 1, "1", field="data.eval_batch_size")
-        if radius is not None and not radius > 0:
-            raise UserError(f"data.radius must be > 0, got {radius}. Set data.radius=null to have it computed.")
+        if radius is not None:
+            limits.number("data.radius", radius, above=0, hint="Set data.radius=null to have it computed.")
         link_matrix(1, np.zeros((0, 2), dtype=np.int64), normalise)
         self.source = source
         self.batch_size = batch_size

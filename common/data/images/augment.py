@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import limits
 from common.errors import UserError
 
 # Low-pass analysis filter of the Sym6 wavelet (Daubechies): orthonormal to its even shifts, so doubling the resolution
@@ -76,8 +77,7 @@ class EdmAugment:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if not value >= 0:
-                raise UserError(f"augment.{field.name} must be >= 0, got {value}. Set it to 0 to switch it off.")
+            limits.number(f"augment.{field.name}", value, least=0, hint="Set it to 0 to switch it off.")
 
     @property
     def label_dim(self) -> int:
@@ -216,8 +216,8 @@ class CropFlip:
     """`augment(images, generator)` -> `(images, labels)`: the CIFAR recipe of ResNets (arXiv 1512.03385, 4.2).
 
     Every image, float (B, C, H, W) in [-1, 1], is surrounded by `padding` pixels of value `fill` (-1 is black), cut
-    back to its size at a uniform place and mirrored with probability `flip`. Nothing needs to be told to the network:
-    labels are (B, 0). Several processes draw as in `EdmAugment`.
+    back to its size at a uniform place and mirrored with probability `flip`. The network is conditioned on
+    nothing: labels are (B, 0). Several processes draw as in `EdmAugment`.
     Raises UserError for a negative padding or a probability outside [0, 1].
     """
 
@@ -226,8 +226,7 @@ class CropFlip:
     fill: float = -1.0
 
     def __post_init__(self):
-        if self.padding < 0:
-            raise UserError(f"augment.padding must be >= 0, got {self.padding}. Set it to 0 for no shift.")
+        limits.whole("augment.padding", self.padding, hint="Set it to 0 for no shift.")
         _check_probability(self.flip)
 
     def __call__(
@@ -265,8 +264,7 @@ class RandomResizedCrop:
     attempts: int = 10
 
     def __post_init__(self):
-        if self.size < 1 or self.attempts < 1:
-            raise UserError(f"augment.size and augment.attempts must be >= 1, got {self.size} and {self.attempts}.")
+        limits.positive(**{"augment.size": self.size, "augment.attempts": self.attempts})
         if not 0 < self.area[0] <= self.area[1] <= 1:
             raise UserError(f"augment.area must be two rising numbers in (0, 1], got {list(self.area)}.")
         if not 0 < self.ratio[0] <= self.ratio[1]:
@@ -298,8 +296,7 @@ class RandomResizedCrop:
 
 
 def _check_probability(flip: float) -> None:
-    if not 0 <= flip <= 1:
-        raise UserError(f"augment.flip must be a probability in [0, 1], got {flip}. Set it to 0 for no mirroring.")
+    limits.number("augment.flip", flip, least=0, most=1, hint="It is a probability: set 0 for no mirroring.")
 
 
 def _joint_draw(images: Tensor, generator: torch.Generator | None, rank: int, world_size: int) -> "_Draw":

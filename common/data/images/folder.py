@@ -54,8 +54,7 @@ class ImageFolder:
         name: str = "folder",
     ):
         limits.choice("data.source.fit", fit, FITS)
-        if channels not in (1, 3):
-            raise UserError(f"data.source.channels must be 1 or 3, got {channels}. Set one of the two.")
+        limits.choice("data.source.channels", channels, (1, 3))
         limits.whole("data.source.resolution", resolution, least=1)
         limits.whole("data.source.num_classes", num_classes)
         self.path = path

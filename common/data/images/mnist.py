@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import limits
 from common.data.source import ImageArray, check_split, find_folder
 from common.errors import UserError
 
@@ -76,8 +77,7 @@ class FashionMnist:
     splits = ("train", "test")
 
     def __init__(self, *, root: str, resolution: int = 28, split: str = "official"):
-        if split not in SPLIT_WORDS:
-            raise UserError(f"data.source.split must be official or test8000, got {split!r}. Set one of the two.")
+        limits.choice("data.source.split", split, SPLIT_WORDS)
         self.root = root
         self.resolution = _check_resolution(resolution)
         self.split = split
@@ -145,6 +145,4 @@ def pad_to(images: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def _check_resolution(resolution: int) -> int:
-    if resolution not in (28, 32):
-        raise UserError(f"data.source.resolution must be 28 or 32, got {resolution}. Set one of the two.")
-    return resolution
+    return limits.choice("data.source.resolution", resolution, (28, 32))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common import limits
 from common.data.images.module import ImageDataModule
 from common.data.latents import cache as latent_cache
 from common.data.source import Source, check_split
@@ -53,8 +54,7 @@ class LatentFolder:
         self.num_classes = num_classes
         self.mean = self._numbers("mean", mean)
         self.std = self._numbers("std", std)
-        if (self.std <= 0).any():
-            raise UserError(f"data.source.std must be above 0, got {std}. Set it to standard deviations.")
+        limits.number("data.source.std", float(self.std.min()), above=0, hint="Set it to standard deviations.")
         self.verify = verify
         self.name = name
         self.splits = ("train",) if test_path is None else ("train", "test")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import adjust_hue
 
+from common import limits
 from common.data.draws import PositionDraws
 from common.errors import UserError
 
@@ -55,26 +56,24 @@ class PairedAugment:
     def __post_init__(self):
         if min(self.size) < 1 or len(self.size) != 2:
             raise UserError(f"data.augment.crop must be a width or [height, width] >= 1, got {self.crop}. Set 513.")
-        if not len(self.scales) or min(self.scales) <= 0:
-            raise UserError(
-                f"data.augment.scales must be numbers above 0, got {list(self.scales)}. Set [1.0] for none."
-            )
+        if not len(self.scales):
+            raise UserError("data.augment.scales is empty. Set data.augment.scales=[1.0] to keep the size.")
+        for scale in self.scales:
+            limits.number("each of data.augment.scales", scale, above=0, hint="Set [1.0] to keep the size.")
         if self.continuous and (len(self.scales) != 2 or self.scales[0] > self.scales[1]):
             raise UserError(
                 f"data.augment.scales must be [lowest, highest] when continuous, got {list(self.scales)}. "
                 "Set [0.5, 2.0], or data.augment.continuous=false."
             )
         check_fit(self.fit, "data.augment.fit")
-        if not 0 <= self.flip <= 1:
-            raise UserError(f"data.augment.flip must be a probability in [0, 1], got {self.flip}. Set 0 for none.")
-        if self.max_class_share is not None and not 0 < self.max_class_share <= 1:
-            raise UserError(
-                f"data.augment.max_class_share must be in (0, 1], got {self.max_class_share}. Set null for any crop."
-            )
-        if len(self.fill) != 3 or not all(0 <= value <= 255 for value in self.fill):
-            raise UserError(
-                f"data.augment.fill must be three numbers 0..255, got {list(self.fill)}. Set [124,116,104]."
-            )
+        limits.number("data.augment.flip", self.flip, least=0, most=1, hint="It is a probability: set 0 for none.")
+        share = self.max_class_share
+        if share is not None:
+            limits.number("data.augment.max_class_share", share, above=0, most=1, hint="Set null for any crop.")
+        if len(self.fill) != 3:
+            raise UserError(f"data.augment.fill must be three numbers, got {list(self.fill)}. Set [124,116,104].")
+        for value in self.fill:
+            limits.number("each of data.augment.fill", value, least=0, most=255, hint="Set [124,116,104].")
 
     @property
     def size(self) -> tuple[int, int]:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common import limits
 from common.data.images.digits import digits_split
 from common.data.source import check_split
-from common.errors import UserError
 
 SIDE = 8  # pixels of a digit
 CELL = 10  # a digit lies anywhere within its own square of so many pixels
@@ -38,8 +38,7 @@ class DigitCanvas:
 
     def __init__(self, *, train_count: int = 4800, test_count: int = 256, seed: int = 0):
         for field, count in (("train_count", train_count), ("test_count", test_count)):
-            if count < 1:
-                raise UserError(f"data.source.{field} must be >= 1, got {count}. Set it to the canvases wanted.")
+            limits.whole(f"data.source.{field}", count, least=1, hint="Set it to the canvases wanted.")
         self.counts = {"train": train_count, "test": test_count}
         self.seed = seed
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from common import limits
 from common.data.source import check_split, sha256
 from common.errors import UserError, nearest
 from common.files import atomic, verify_checksum, write_checksum, write_text
@@ -141,10 +142,8 @@ class PlainText:
         digest: str | None = None,
         origin: str | None = None,
     ):
-        if unit not in ("byte", "char"):
-            raise UserError(f"data.source.unit must be byte or char, got {unit!r}. {nearest(unit, ('byte', 'char'))}")
-        if not 0 < held_out < 1:
-            raise UserError(f"data.source.held_out must lie in (0, 1), got {held_out}. Set it to 0.1 for a tenth.")
+        limits.choice("data.source.unit", unit, ("byte", "char"))
+        limits.number("data.source.held_out", held_out, above=0, below=1, hint="Set it to 0.1 for a tenth.")
         self.root, self.files, self.name, self.unit, self.held_out = root, tuple(files), name, unit, held_out
         self.digest, self.origin = digest, origin
         self._read: tuple[np.ndarray, Vocabulary] | None = None

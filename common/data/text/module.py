@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from common import limits
 from common.data.restart import RestartingDataModule
 from common.data.sampler import check_batch_size
 from common.data.source import check_split, sha256
@@ -88,8 +89,8 @@ class TextDataModule(RestartingDataModule):
         check_batch_size(batch_size, 1, "1")
         check_batch_size(eval_batch_size, 1, "1", field="data.eval_batch_size")
         for field, value in (("length", length), ("eval_length", eval_length)):
-            if value is not None and value < 1:
-                raise UserError(f"data.{field} must be >= 1 position, got {value}. Set data.{field}=150.")
+            if value is not None:
+                limits.whole(f"data.{field}", value, least=1, hint=f"Set data.{field}=150, in positions.")
         self.source = source
         self.vocabulary_size = vocabulary
         self.batch_size, self.length = batch_size, length

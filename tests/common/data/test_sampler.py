@@ -85,13 +85,16 @@ def test_it_is_endless_and_remembers_two_epochs_at_most():
 
 
 def test_bad_sizes_are_refused_in_one_sentence():
-    with pytest.raises(UserError, match=r"data\.batch_size must be >= 1, got 0"):
+    with pytest.raises(UserError, match=r"data\.batch_size must be a whole number >= 1, got 0"):
         StatelessSampler(dataset_size=4, batch_size=0)
-    with pytest.raises(UserError, match=r"data\.batch_size must be divisible by .*processes.* = 3, got 8"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.batch_size must be a multiple of 3 \(the number of processes\), got 8\. Set data\.batch_size=6,",
+    ):
         StatelessSampler(dataset_size=4, batch_size=8, world_size=3)
     with pytest.raises(UserError, match="at least 1 image"):
         StatelessSampler(dataset_size=0, batch_size=1)
-    with pytest.raises(UserError, match="eval_batch_size must be >= 1, got 0"):
+    with pytest.raises(UserError, match="eval_batch_size must be a whole number >= 1, got 0"):
         EvalSampler(dataset_size=4, batch_size=0)
 
 

@@ -138,11 +138,11 @@ def test_divisor_and_rounding_are_in_the_record_and_refuse_comparison(evaluation
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"samples": 0}, r"samples must be >= 1, got 0\. Set evaluate\.samples"),
+        ({"samples": 0}, r"evaluate\.samples must be a whole number >= 1, got 0"),
         ({"samples": 1}, "at least 2 images, got samples=1"),
-        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
-        ({"rounding": "edn"}, "rounding must be one of .*Closest: edm"),
-        ({"ddof": 2}, "ddof must be 0"),
+        ({"batch_size": 0}, r"evaluate\.batch_size must be a whole number >= 1, got 0"),
+        ({"rounding": "edn"}, r"evaluate\.rounding must be one of .*Closest: edm"),
+        ({"ddof": 2}, r"evaluate\.ddof must be one of 0, 1, got 2"),
         ({"extractors": []}, "extractors must hold at least one"),
     ],
 )

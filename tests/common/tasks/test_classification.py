@@ -140,7 +140,7 @@ def test_frames_are_green_where_right_and_red_where_wrong(tmp_path):
     ("change", "message"),
     [
         (dict(mean=[0.5]), r"project.mean and project.std must hold one number per channel \(3\), got 1 and 3"),
-        (dict(std=[0.1, 0.0, 0.1]), "project.std must be positive, got 0.0"),
+        (dict(std=[0.1, 0.0, 0.1]), "project.std must be > 0, got 0.0"),
     ],
 )
 def test_wrong_statistics_are_refused(change, message):

@@ -203,10 +203,10 @@ def test_training_learns_the_text(tmp_path, data):
     "options, text",
     [
         (dict(prompt=""), "project.prompt must hold"),
-        (dict(text_length=0), "project.text_length must be >= 1"),
-        (dict(top_k=0), "project.top_k must be >= 1"),
+        (dict(text_length=0), "project.text_length must be a whole number >= 1"),
+        (dict(top_k=0), "project.top_k must be a whole number >= 1"),
         (dict(temperature=-1.0), "project.temperature must be >= 0"),
-        (dict(length=0), "project.length must be >= 1"),
+        (dict(length=0), "project.length must be a whole number >= 1"),
     ],
 )
 def test_refusals(options, text):

@@ -94,5 +94,5 @@ def test_a_parameter_without_gradient_and_one_gradient_alone():
     moments = Moments(Scale())
     moments.add((torch.tensor(3.0), None))
     assert moments.summary() == {"norm": 3.0, "std": 0.0}
-    with pytest.raises(UserError, match="at least 2, got 1"):
+    with pytest.raises(UserError, match="batches of the loss noise must be a whole number >= 2, got 1"):
         LossNoise(losses=LOSSES, batches=1)

@@ -227,10 +227,10 @@ def test_fake_batch_has_the_shape_of_a_crop():
     ("change", "message"),
     [
         (dict(mean=[0.5]), "project.mean and project.std must hold 3 numbers each, got 1 and 3"),
-        (dict(std=[0.5, 0.0, 0.5]), "project.std must be positive, got 0.0"),
+        (dict(std=[0.5, 0.0, 0.5]), "project.std must be > 0, got 0.0"),
         (dict(class_weights=[1.0]), r"project.class_weights must hold one number per class \(3\), got 1"),
-        (dict(scales=[]), "project.scales must hold positive numbers"),
-        (dict(scales=[1.0, 0.0]), "project.scales must hold positive numbers"),
+        (dict(scales=[]), "project.scales is empty"),
+        (dict(scales=[1.0, 0.0]), "project.scales must be > 0, got 0.0"),
         (dict(merge="logit"), "project.merge must be one of logits, probabilities, got 'logit'. Closest: logits"),
     ],
 )

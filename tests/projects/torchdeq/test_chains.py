@@ -51,8 +51,8 @@ def test_splits_do_not_overlap_and_noise_is_seeded():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"length": 1}, r"data\.source\.length must be >= 2, got 1"),
-        ({"classes": 200}, r"data\.source\.features must be >= 200, got 100"),
+        ({"length": 1}, r"data\.source\.length must be a whole number >= 2, got 1"),
+        ({"classes": 200}, r"data\.source\.features must be a whole number >= 200, got 100"),
         ({"train_nodes": 300}, r"is 600, but there are 2 classes x 20 chains x 10 = 400 nodes"),
     ],
 )

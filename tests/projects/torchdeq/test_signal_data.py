@@ -94,9 +94,9 @@ def test_an_axis_of_one_sample_is_kept():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"batch_size": 0}, r"data\.batch_size must be >= 1"),
-        ({"eval_batch_size": 0}, r"data\.eval_batch_size must be >= 1"),
-        ({"stride": 0}, r"data\.stride must be >= 1"),
+        ({"batch_size": 0}, r"data\.batch_size must be a whole number >= 1"),
+        ({"eval_batch_size": 0}, r"data\.eval_batch_size must be a whole number >= 1"),
+        ({"stride": 0}, r"data\.stride must be a whole number >= 1"),
     ],
 )
 def test_bad_settings_are_one_sentence(options, message):

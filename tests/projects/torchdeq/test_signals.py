@@ -125,9 +125,9 @@ def test_everything_wrong_is_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     gone = str(tmp_path / "gone")
     wrong = {
-        r"picture is 'cofee'. Closest: coffee": lambda: Photograph(picture="cofee"),
+        r"data\.source\.picture must be one of .*, got 'cofee'\. Closest: coffee": lambda: Photograph(picture="cofee"),
         r"size must be \[height, width\]": lambda: Photograph(size=[4]),
-        r"channels must be 1 \(grey\) or 3": lambda: Photograph(channels=2).load(),
+        r"data\.source\.channels must be one of 1, 3, got 2": lambda: Photograph(channels=2).load(),
         r"picture not found: .*gone does not exist": ImageFile(path=gone).check,
         r"sound not found: .*gone does not exist": Wav(path=gone).check,
         r"clip not found: .*gone does not exist": Frames(path=gone).check,
@@ -136,8 +136,8 @@ def test_everything_wrong_is_one_sentence(tmp_path):
         r"2 frames of sizes": Frames(path=str(tmp_path / "mixed")).load,
         r"gives 0 frames": Frames(path=str(tmp_path / "empty")).load,
         r"holds no pictures": ImageFile(path=str(tmp_path / "empty")).load,
-        r"start must be >= 0": lambda: Wav(path=gone, seconds=0),
-        r"frames >= 1": lambda: Frames(path=gone, frames=0),
+        r"data\.source\.seconds must be > 0": lambda: Wav(path=gone, seconds=0),
+        r"data\.source\.frames must be a whole number >= 1": lambda: Frames(path=gone, frames=0),
     }
     for message, action in wrong.items():
         with pytest.raises(UserError, match=message):

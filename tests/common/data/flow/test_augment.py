@@ -210,7 +210,7 @@ def test_resample_is_torchs_resizing_by_factors():
 def test_wrong_numbers(kind):
     with pytest.raises(UserError, match=r"data\.crop must be \[height, width\]"):
         kind(crop=(64,))
-    with pytest.raises(UserError, match=r"min_scale must not be above max_scale = 0.1, got 0.5"):
+    with pytest.raises(UserError, match=r"augment\.min_scale must be <= 0\.1, got 0\.5"):
         kind(crop=(64, 64), min_scale=0.5, max_scale=0.1)
     with pytest.raises(UserError, match=r"erased_side must be \[shortest, longest\)"):
         ColourAugment(erased_side=(5, 5))

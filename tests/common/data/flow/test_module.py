@@ -261,7 +261,7 @@ def test_wrong_numbers():
         TrainingSet(source=MadeUp(), weight=-1)
     with pytest.raises(UserError, match=r"made_up has no split 'tst'"):
         EvaluationSet(source=MadeUp(), split="tst")
-    with pytest.raises(UserError, match=r"num_workers must be >= 0"):
+    with pytest.raises(UserError, match=r"num_workers must be a whole number >= 0"):
         module(num_workers=-1)
     with pytest.raises(UserError, match=r"made_up holds no pairs"):
         FilePairs(name="made_up", images=[], flows=[])

@@ -112,7 +112,7 @@ def test_a_panning_camera(pairs):
     assert (medians[1:] - medians[:-1]).norm(dim=1).max() < 0.5 * medians.norm(dim=1).min()  # slow change: warm starts
     assert torch.equal(film["frames"], pairs.sequence(2, 5)["frames"])
     assert torch.equal(film["frames"][:3], pairs.sequence(2, 3)["frames"])
-    with pytest.raises(UserError, match="frames must be >= 2, got 1"):
+    with pytest.raises(UserError, match="frames must be a whole number >= 2, got 1"):
         pairs.sequence(0, 1)
 
 
@@ -120,12 +120,12 @@ def test_a_panning_camera(pairs):
     "options, message",
     [
         ({"size": (8, 128)}, r"source\.size must be \[height, width\], both >= 16"),
-        ({"smooth": 5.0}, r"smooth = 5 must not exceed source\.spacing / 10 = 3\.2.*Set source\.spacing=50"),
+        ({"smooth": 5.0}, r"source\.smooth must be <= 3\.2, got 5\.0.*Set source\.spacing=50"),
         ({"shift": -1.0}, r"source\.shift must be >= 0"),
-        ({"layers": -1}, r"source\.layers must be >= 0"),
-        ({"max_flow": 0.0}, r"source\.max_flow must be above 0"),
+        ({"layers": -1}, r"source\.layers must be a whole number >= 0"),
+        ({"max_flow": 0.0}, r"source\.max_flow must be > 0"),
         ({"layer_radius": (0.4, 0.2)}, r"source\.layer_radius must be \[least, most\]"),
-        ({"pairs": 0}, r"source\.pairs must be >= 1"),
+        ({"pairs": 0}, r"source\.pairs must be a whole number >= 1"),
         ({"held_out": 1.0}, r"source\.held_out must be >= 0 and < 1"),
     ],
 )

@@ -127,7 +127,7 @@ def test_tu_folds_are_stratified_and_cover_everything(tu):
 
 
 def test_tu_refusals(tu, tmp_path):
-    with pytest.raises(UserError, match=r"data\.source\.fold must lie in 0\.\.9, got 10"):
+    with pytest.raises(UserError, match=r"data\.source\.fold must be a whole number >= 0 and <= 9, got 10"):
         TuDataset(name="TOY", root=str(tu), fold=10)
     with pytest.raises(UserError, match=r"COX2 not found: looked for .*COX2_A\.txt.*chrsmrrs"):
         TuDataset(name="COX2", root=str(tu)).check()

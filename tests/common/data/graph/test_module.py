@@ -196,8 +196,8 @@ def test_evaluation_shows_every_graph_once():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"batch_size": 0}, r"data\.batch_size must be >= 1"),
-        ({"eval_batch_size": 0}, r"data\.eval_batch_size must be >= 1"),
+        ({"batch_size": 0}, r"data\.batch_size must be a whole number >= 1"),
+        ({"eval_batch_size": 0}, r"data\.eval_batch_size must be a whole number >= 1"),
         ({"normalise": "row"}, r"data\.normalise must be one of"),
         ({"radius": 0.0}, r"data\.radius must be > 0"),
     ],

@@ -260,9 +260,9 @@ def test_resized_crop_takes_the_whole_picture_when_no_box_fits():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CropFlip(padding=-1), "augment.padding must be >= 0, got -1"),
-        (lambda: CropFlip(flip=1.5), r"augment.flip must be a probability in \[0, 1\], got 1.5"),
-        (lambda: RandomResizedCrop(size=0), "augment.size and augment.attempts must be >= 1"),
+        (lambda: CropFlip(padding=-1), "augment.padding must be a whole number >= 0, got -1"),
+        (lambda: CropFlip(flip=1.5), r"augment.flip must be >= 0 and <= 1, got 1.5"),
+        (lambda: RandomResizedCrop(size=0), "augment.size must be a whole number >= 1, got 0"),
         (lambda: RandomResizedCrop(size=8, area=(0.5, 0.1)), "augment.area must be two rising numbers"),
         (lambda: RandomResizedCrop(size=8, ratio=(0, 1)), "augment.ratio must be two rising numbers above 0"),
     ],

@@ -73,9 +73,9 @@ def test_header_must_announce_the_shape(tmp_path):
 
 
 def test_bad_options(tmp_path):
-    with pytest.raises(UserError, match="resolution must be 28 or 32, got 30"):
+    with pytest.raises(UserError, match=r"data\.source\.resolution must be one of 28, 32, got 30"):
         Mnist(root=str(tmp_path), resolution=30)
-    with pytest.raises(UserError, match="split must be official or test8000"):
+    with pytest.raises(UserError, match=r"data\.source\.split must be one of official, test8000"):
         FashionMnist(root=str(tmp_path), split="half")
     with pytest.raises(UserError, match="MNIST not found"):
         Mnist(root=str(tmp_path)).check()

@@ -213,13 +213,13 @@ def test_a_damaged_picture_is_one_sentence_even_from_a_worker(tmp_path, workers)
 
 
 def test_bad_numbers_are_refused():
-    with pytest.raises(UserError, match=r"data\.batch_size must be >= 1, got 0"):
+    with pytest.raises(UserError, match=r"data\.batch_size must be a whole number >= 1, got 0"):
         module(batch_size=0)
-    with pytest.raises(UserError, match=r"data\.eval_batch_size must be >= 1, got -1"):
+    with pytest.raises(UserError, match=r"data\.eval_batch_size must be a whole number >= 1, got -1"):
         module(eval_batch_size=-1)
     with pytest.raises(UserError, match=r"data\.num_workers must be a whole number >= 0"):
         module(num_workers=-1)
-    with pytest.raises(UserError, match=r"divisible by processes x trainer\.accumulate_grad_batches = 3, got 8"):
+    with pytest.raises(UserError, match=r"multiple of 3 \(processes x trainer\.accumulate_grad_batches\), got 8"):
         fit(1, module(), accumulate_grad_batches=3)
 
 

@@ -207,7 +207,7 @@ def test_other_shapes_and_labels_are_refused(cache, options, sentence):
 def test_bad_options(cache):
     for options, sentence in (
         ({"mean": [0.0, 1.0]}, r"data\.source\.mean has 2 numbers for 4 channels"),
-        ({"std": [1.0, 1.0, 0.0, 1.0]}, r"data\.source\.std must be above 0"),
+        ({"std": [1.0, 1.0, 0.0, 1.0]}, r"data\.source\.std must be > 0, got 0"),
     ):
         with pytest.raises(UserError, match=sentence):
             source(cache, **options)

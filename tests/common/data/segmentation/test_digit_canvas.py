@@ -82,5 +82,5 @@ def test_batches_keep_the_data_contract():
 
 @pytest.mark.parametrize("field", ["train_count", "test_count"])
 def test_counts_out_of_range(field):
-    with pytest.raises(UserError, match=f"data.source.{field} must be >= 1, got 0"):
+    with pytest.raises(UserError, match=f"data.source.{field} must be a whole number >= 1, got 0"):
         DigitCanvas(**{field: 0})

@@ -232,8 +232,8 @@ def test_kept_pairs_are_decoded_once_and_are_the_same():
 @pytest.mark.parametrize(
     ("option", "match"),
     [
-        (dict(batch_size=0), r"data\.batch_size must be >= 1"),
-        (dict(eval_batch_size=0), r"data\.eval_batch_size must be >= 1"),
+        (dict(batch_size=0), r"data\.batch_size must be a whole number >= 1"),
+        (dict(eval_batch_size=0), r"data\.eval_batch_size must be a whole number >= 1"),
         (dict(eval_fit=[1, 2]), r"data\.eval_fit must be"),
         (dict(train_split="trian"), r"data\.train_split: made_up has no split 'trian'\. Closest: train"),
         (dict(class_weighting="median"), r"data\.class_weighting must be one of .* Closest: median_frequency"),

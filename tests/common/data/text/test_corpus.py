@@ -114,9 +114,9 @@ def test_damaged_files_are_named(words, tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(UserError, match="unit must be byte or char"):
+    with pytest.raises(UserError, match=r"data\.source\.unit must be one of byte, char"):
         plain(tmp_path, unit="bytes")
-    with pytest.raises(UserError, match="held_out must lie in"):
+    with pytest.raises(UserError, match=r"data\.source\.held_out must be > 0 and < 1"):
         plain(tmp_path, held_out=1.0)
     with pytest.raises(UserError, match=r"has no split 'tset'\. Closest: test"):
         plain(tmp_path).load("tset")

@@ -159,9 +159,9 @@ def test_segments_need_no_loop_over_rows():
 @pytest.mark.parametrize(
     "options, text",
     [
-        (dict(batch_size=0), "data.batch_size must be >= 1"),
-        (dict(length=0), "data.length must be >= 1"),
-        (dict(eval_length=0), "data.eval_length must be >= 1"),
+        (dict(batch_size=0), "data.batch_size must be a whole number >= 1"),
+        (dict(length=0), "data.length must be a whole number >= 1"),
+        (dict(eval_length=0), "data.eval_length must be a whole number >= 1"),
         (dict(eval_batch_size=0), "data.eval_batch_size"),
     ],
 )
@@ -181,7 +181,7 @@ def test_refusals():
         next(module().eval_batches("valid"))
     data = module()
     data.trainer = trainer(world=3)
-    with pytest.raises(UserError, match="divisible by processes"):
+    with pytest.raises(UserError, match=r"multiple of 3 \(processes"):
         data.setup("fit")
 
 
