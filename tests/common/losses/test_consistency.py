@@ -123,8 +123,6 @@ def test_gap_vanishes_with_the_stage():
 
 def test_stages_follow_the_step_number():
     assert [stage_of_step(s, 100, 3) for s in (0, 99, 100, 199, 200, 10**6)] == [0, 0, 1, 1, 2, 2]
-    with pytest.raises(UserError, match="steps_per_stage must be a whole number >= 1"):
-        stage_of_step(0, 0, 3)
 
 
 # --- cases with a known answer --------------------------------------------------------------------------------------
@@ -384,20 +382,20 @@ def test_edm2_weights_are_the_same_in_both_passes():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "call, message",
     [
-        ({"q": 0.5}, "q must be >= 1"),
-        ({"k": -1}, "k must be >= 0"),
-        ({"adj": "sigmod"}, "adj must be one of sigmoid, const, got 'sigmod'. Closest: sigmoid"),
-        ({"weight": "snr"}, "weight must be one of"),
-        ({"c": -0.1}, "c must be >= 0"),
-        ({"ratio_limit": 1.5}, "ratio_limit must be >= 0 and <= 1"),
-        ({"ode_solver": "rk"}, "ode_solver must be one of"),
-        ({"sigma_data": 0}, "sigma_data must be > 0"),
+        (lambda: ConsistencyLoss(q=0.5), "q must be >= 1"),
+        (lambda: ConsistencyLoss(k=-1), "k must be >= 0"),
+        (lambda: ConsistencyLoss(adj="sigmod"), "adj must be one of sigmoid, const, got 'sigmod'. Closest: sigmoid"),
+        (lambda: ConsistencyLoss(weight="snr"), "weight must be one of"),
+        (lambda: ConsistencyLoss(c=-0.1), "c must be >= 0"),
+        (lambda: ConsistencyLoss(ratio_limit=1.5), "ratio_limit must be >= 0 and <= 1"),
+        (lambda: ConsistencyLoss(ode_solver="rk"), "ode_solver must be one of"),
+        (lambda: ConsistencyLoss(sigma_data=0), "sigma_data must be > 0"),
+        (lambda: ConsistencyLoss().t_to_r(torch.ones(1), -1), "stage must be a whole number >= 0"),
+        (lambda: stage_of_step(0, 0, 3), "steps_per_stage must be a whole number >= 1"),
     ],
 )
-def test_bad_arguments(options, message):
+def test_bad_arguments(call, message):
     with pytest.raises(UserError, match=message):
-        ConsistencyLoss(**options)
-    with pytest.raises(UserError, match="stage must be a whole number >= 0"):
-        ConsistencyLoss().t_to_r(torch.ones(1), -1)
+        call()

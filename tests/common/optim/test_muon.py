@@ -144,20 +144,16 @@ def test_a_schedule_moves_both_kinds_and_parameters_without_gradient_stay():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "shape, options, message",
     [
-        ({"lr": -1}, "optimizer.lr must be >= 0"),
-        ({"momentum": 1.0}, r"optimizer.momentum must be >= 0 and < 1"),
-        ({"scale": "shap"}, "optimizer.scale must be one of shape, rms, none, got 'shap'. Closest: shape"),
-        ({"precision": "half"}, "optimizer.precision must be one of float32, bfloat16"),
-        ({"steps": 0}, "optimizer.steps must be a whole number >= 1"),
+        ((2, 2), {"lr": -1}, "optimizer.lr must be >= 0"),
+        ((2, 2), {"momentum": 1.0}, r"optimizer.momentum must be >= 0 and < 1"),
+        ((2, 2), {"scale": "shap"}, "optimizer.scale must be one of shape, rms, none, got 'shap'. Closest: shape"),
+        ((2, 2), {"precision": "half"}, "optimizer.precision must be one of float32, bfloat16"),
+        ((2, 2), {"steps": 0}, "optimizer.steps must be a whole number >= 1"),
+        ((2, 1, 2, 2), {}, r"two axes, got shape \(2, 1, 2, 2\)"),  # filters are no matrices
     ],
 )
-def test_bad_options_are_named(options, message):
+def test_bad_options_are_named(shape, options, message):
     with pytest.raises(UserError, match=message):
-        Muon([nn.Parameter(torch.zeros(2, 2))], **options)
-
-
-def test_filters_are_no_matrices():
-    with pytest.raises(UserError, match=r"two axes, got shape \(2, 1, 2, 2\)"):
-        Muon([{"params": [nn.Parameter(torch.zeros(2, 1, 2, 2))], "matrix": True}])
+        Muon([{"params": [nn.Parameter(torch.zeros(shape))], "matrix": True}], **options)

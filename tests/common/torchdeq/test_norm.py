@@ -20,6 +20,12 @@ def net(seed=0):
     return nn.Sequential(nn.Linear(6, 8), nn.Conv1d(8, 8, 1), nn.ConvTranspose1d(8, 4, 2), nn.Linear(4, 4))
 
 
+def normed(kind="weight_norm"):
+    model = net()
+    torchdeq.apply_norm(model, kind)
+    return model
+
+
 def norm_of(layer, name="weight"):
     return layer.parametrizations[name][0]
 
@@ -115,8 +121,7 @@ def test_filters_go_by_path(filters, normed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_and_moves_work(kind):
-    model = net()
-    torchdeq.apply_norm(model, kind)
+    model = normed(kind)
     torchdeq.reset_norm(model)
     twin = copy.deepcopy(model)  # torchdeq: raises, the weight is no leaf
     torch.testing.assert_close(twin[0].weight, model[0].weight)
@@ -200,8 +205,6 @@ def test_norms_of_ones_own_can_be_registered():
     torch.testing.assert_close(model[0].weight, 0.25 * before)
     torchdeq.remove_norm(model)
     torch.testing.assert_close(model[0].weight.detach(), 0.25 * before)
-    with pytest.raises(UserError, match="_target_modules and apply"):
-        torchdeq.register_norm("x", object)
 
 
 def test_reset_deq_resets_norms_and_masks_reset_norm_only_norms():
@@ -215,26 +218,30 @@ def test_reset_deq_resets_norms_and_masks_reset_norm_only_norms():
     assert model[1].mask is None
 
 
-def test_mistakes_are_named():
-    with pytest.raises(UserError, match="Closest: weight_norm"):
-        torchdeq.apply_norm(net(), "weigth_norm")
-    with pytest.raises(UserError, match="Closest: clip_value"):
-        torchdeq.apply_norm(net(), clip_vlue=2)
-    with pytest.raises(UserError, match="Closest: spectral_norm"):
-        torchdeq.register_norm_module(Bare, "spectral")
-    model = net()
-    torchdeq.apply_norm(model)
-    with pytest.raises(UserError, match="remove_norm"):
-        torchdeq.apply_norm(model)
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: torchdeq.apply_norm(net(), "weigth_norm"), "Closest: weight_norm"),
+        (lambda: torchdeq.apply_norm(net(), clip_vlue=2), "Closest: clip_value"),
+        (lambda: torchdeq.apply_norm(normed()), "remove_norm"),
+        (lambda: torchdeq.register_norm_module(Bare, "spectral"), "Closest: spectral_norm"),
+        (lambda: torchdeq.register_norm("x", object), "_target_modules and apply"),
+    ],
+)
+def test_mistakes_are_named(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+def test_nothing_to_normalise_is_no_mistake_in_torchdeq():
     assert torchdeq.apply_norm(net(), "none") is None
-    torchdeq.apply_norm(nn.ReLU())  # nothing to normalise is no mistake in torchdeq
+    torchdeq.apply_norm(nn.ReLU())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_assigned_weight_lasts_until_the_next_reset(kind):
     """As the zoo's IGNN projects its weight in every forward pass: no parameter changes, gradients pass through."""
-    model = net()
-    torchdeq.apply_norm(model, kind)
+    model = normed(kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torchdeq.reset_norm(model)
     layer, x = model[0], torch.randn(3, 6)
@@ -256,8 +263,7 @@ def test_an_assigned_weight_lasts_until_the_next_reset(kind):
 
 def test_in_place_projection_of_the_zoo():
     """`A = layer.weight; A.data.copy_(...); layer.weight = A`: the graph of A with other values."""
-    model = net()
-    torchdeq.apply_norm(model)
+    model = normed()
     torchdeq.reset_norm(model)
     a = model[0].weight
     a.data.copy_(a.data.clamp(-0.1, 0.1))
@@ -270,18 +276,12 @@ def test_in_place_projection_of_the_zoo():
 @pytest.mark.parametrize("kind", KINDS)
 def test_writing_into_a_normalised_weight_is_refused(kind):
     """In torchdeq `nn.init` after apply_norm is lost at the first reset, without a word."""
-    model = net()
-    torchdeq.apply_norm(model, kind)
-    nn.init.zeros_(model[0].weight)
-    with pytest.raises(UserError, match="written in place"):
-        torchdeq.reset_norm(model)
-    model = net()
-    torchdeq.apply_norm(model, kind)
-    model[0].weight.data.fill_(0.5)
-    with pytest.raises(UserError, match="Assign instead"):
-        torchdeq.reset_norm(model)
-    model = net()
-    torchdeq.apply_norm(model, kind)
+    for write in (nn.init.zeros_, lambda weight: weight.data.fill_(0.5)):
+        model = normed(kind)
+        write(model[0].weight)
+        with pytest.raises(UserError, match=r"written in place.*Assign instead"):
+            torchdeq.reset_norm(model)
+    model = normed(kind)
     model[0](torch.zeros(1, 6))
     with torch.no_grad():
         for parameter in model.parameters():  # of the parameters themselves: that counts
@@ -306,8 +306,7 @@ def test_checkpoints_of_weight_norm_are_converted(learn_scale):
 
 
 def test_checkpoints_of_spectral_norm_are_converted():
-    model = net()
-    torchdeq.apply_norm(model, "spectral_norm")
+    model = normed("spectral_norm")
     weight, u, v = torch.randn(8, 6), torch.randn(8), torch.randn(6)
     theirs = {name: value for name, value in model.state_dict().items() if not name.startswith("0.parametrizations")}
     theirs |= {"0.weight_orig": weight, "0.weight_g": torch.full((8, 1), 0.9)}
