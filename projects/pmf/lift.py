@@ -14,8 +14,8 @@ BANDWIDTHS = (0.1, 0.2, 0.5, 1.0, 2.0)
 COLOURS = ("#bbbbbb", "#2b5c8a")
 
 
-class LiftedMeanFlow(AverageVelocityModule):
-    """pMF (arXiv 2601.22158), toy experiment: its loss on points of `projects.pmf.lifted`, without classes.
+class EmbeddedCurveMeanFlow(AverageVelocityModule):
+    """pMF (arXiv 2601.22158), toy experiment: its loss on points of `projects.pmf.embedded_plane`, without classes.
 
     Metrics over generated points x with the plane A (D, 2), all in units where data have deviation 1 per coordinate:
     off_plane    mean of |x - A A^T x| over the mean of |real point|: 0 for data

@@ -12,14 +12,14 @@ from common.losses.meanflow import ImprovedMeanFlowLoss
 from common.nets.mlp import MLPDenoiser
 from common.nets.two_head import TwoHeadVelocity
 from common.runtime.training.context import RunContext
-from projects.pmf.lift import BANDWIDTHS, LiftedMeanFlow, mmd2, off_plane
-from projects.pmf.lifted import LiftedCurve
+from projects.pmf.embedded_plane import EmbeddedCurve
+from projects.pmf.lift import BANDWIDTHS, EmbeddedCurveMeanFlow, mmd2, off_plane
 
 
-def made(dimension: int, prediction: str = "x") -> LiftedMeanFlow:
+def made(dimension: int, prediction: str = "x") -> EmbeddedCurveMeanFlow:
     torch.manual_seed(0)
     sizes = dict(img_resolution=1, in_channels=dimension, out_channels=dimension, width=32, depth=1, num_times=2)
-    module = LiftedMeanFlow(
+    module = EmbeddedCurveMeanFlow(
         net=TwoHeadVelocity(model=MLPDenoiser(**sizes), prediction=prediction),
         loss=ImprovedMeanFlowLoss(head="boundary", t_floor=0.05),
         time=MaskThenOrder(base=LogitNormal(mean=-0.4, std=1.0)), noise_scale=1.0,
@@ -30,7 +30,7 @@ def made(dimension: int, prediction: str = "x") -> LiftedMeanFlow:
 
 
 def test_distance_from_the_plane():
-    data = LiftedCurve(dimension=6)
+    data = EmbeddedCurve(dimension=6)
     points = data.points("test", 0, 4)["image"].flatten(1)
     assert off_plane(points, data.plane).max() < 1e-5
     away = torch.linalg.svd(data.plane)[0][:, 2]  # a unit vector at right angles to the plane
@@ -49,7 +49,7 @@ def test_discrepancy_of_two_points_and_of_equal_sets():
 
 def test_a_sampler_of_the_data_itself_is_at_the_floor():
     """Metrics of generated = real points: 0 off the plane, mmd as between two sets of real points."""
-    data, module = LiftedCurve(dimension=16, eval_batch_size=500, test_count=1000), made(16)
+    data, module = EmbeddedCurve(dimension=16, eval_batch_size=500, test_count=1000), made(16)
     module.generate = lambda indices, *, sampler, seed: data.points("train", int(indices[0]), len(indices))["image"]
     sums: dict = {}
     for batch in data.eval_batches("test"):
@@ -65,7 +65,7 @@ def test_a_sampler_of_the_data_itself_is_at_the_floor():
 @pytest.mark.parametrize("prediction, near", [("x", True), ("u", False)])
 def test_a_narrow_network_removes_the_noise_only_if_it_predicts_x(prediction, near):
     """32 units, 128 dimensions: an image of low dimension is soon learned, most of a velocity cannot be expressed."""
-    module, data = made(128, prediction), LiftedCurve(dimension=128, batch_size=64, eval_batch_size=200)
+    module, data = made(128, prediction), EmbeddedCurve(dimension=128, batch_size=64, eval_batch_size=200)
     optimizer = module.configure_optimizers()
     module.train()
     for batch, step in zip(data.train_dataloader(), range(50)):
@@ -80,6 +80,6 @@ def test_a_narrow_network_removes_the_noise_only_if_it_predicts_x(prediction, ne
 
 
 def test_the_picture_is_written(tmp_path):
-    data, module = LiftedCurve(dimension=8), made(8)
+    data, module = EmbeddedCurve(dimension=8), made(8)
     (path,) = module.preview(data, tmp_path / "step-1", samples=4, seed=0)
     assert path.name == "step-1.png" and path.stat().st_size > 3000

@@ -86,7 +86,7 @@ def test_data_found_missing_and_asked_for(clean, data_root, monkeypatch, capsys)
     assert by_name(doctor.data_sets(["cifar10"], str(clean)))["cifar10"].state == ABSENT
 
 
-@pytest.mark.parametrize("name", ["digits", "chains", "digit_canvas", "lifted", "low_rank", "photograph"])
+@pytest.mark.parametrize("name", ["digits", "chains", "digit_canvas", "embedded_curve", "low_rank", "photograph"])
 def test_sets_that_are_made_on_the_spot_need_nothing(clean, name):
     finding = by_name(doctor.data_sets([name], None))[name]
     assert finding.state == OK and finding.what == "needs no files"

@@ -47,7 +47,7 @@ def curve(u: np.ndarray, kind: str) -> np.ndarray:
     return (at(u) - middle.mean(0)) / middle.std(0)
 
 
-class LiftedCurve(RestartingDataModule):
+class EmbeddedCurve(RestartingDataModule):
     """Batches `image` float32 (B, D, 1, 1), `label` int64 (B,) zeros, `position` int64 (B,); train without end, test.
 
     image = A p, p = curve(u) + noise e in the plane, A = `isometry(dimension, plane_seed)`. Point i of a split depends
@@ -112,6 +112,7 @@ class LiftedCurve(RestartingDataModule):
 
     def flat(self, split: str, first: int, count: int) -> Tensor:
         """(count, 2) float32: the points numbered `first`, first + 1, ... of the split, in the plane."""
+        # "lifted" was this data set's name: another word here would draw other points than recorded runs saw
         key = int.from_bytes(hashlib.sha256(f"lifted {self.seed} {split}".encode()).digest()[:16], "little")
         # a counter-based generator: four words per point, whatever was drawn before
         words = np.random.Philox(key=key, counter=first).random_raw(4 * count).reshape(count, 4)
@@ -125,14 +126,14 @@ class LiftedCurve(RestartingDataModule):
         normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
         return curve(u[:, 0], kind) + noise * normal
 
-    def lift(self, flat: Tensor) -> Tensor:
-        """(B, 2) -> (B, D, 1, 1)."""
+    def embed(self, flat: Tensor) -> Tensor:
+        """Points p (B, 2) of the plane -> A p (B, D, 1, 1)."""
         return (flat @ self.plane.T)[:, :, None, None]
 
     def points(self, split: str, first: int, count: int) -> dict[str, Tensor]:
         """One batch: `image`, `label`, `position`."""
         return {
-            "image": self.lift(self.flat(split, first, count)),
+            "image": self.embed(self.flat(split, first, count)),
             "label": torch.zeros(count, dtype=torch.int64),
             "position": torch.arange(first, first + count),
         }
@@ -154,14 +155,14 @@ class LiftedCurve(RestartingDataModule):
         rank, world_size = self._world()
         for first in range(rank * self.eval_batch_size, self.test_count, world_size * self.eval_batch_size):
             count = min(self.eval_batch_size, self.test_count - first)
-            other = self.lift(self.flat(split, self.test_count + first, count))
+            other = self.embed(self.flat(split, self.test_count + first, count))
             yield {**self.points(split, first, count), "other": other, "plane": self.plane}
 
 
 class PointBatches:
     """Endless training batches of one process: its contiguous share of every `micro_batch_size` positions."""
 
-    def __init__(self, data: LiftedCurve, start: int | Callable[[], int], rank: int, world_size: int):
+    def __init__(self, data: EmbeddedCurve, start: int | Callable[[], int], rank: int, world_size: int):
         self.data, self.start, self.rank, self.world_size = data, start, rank, world_size
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
