@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 # A small compressed file can unpack to more than the memory holds. Deflate reaches 1,032 : 1 on zeros; pictures, text
-# and weights stay below 30 : 1. Small members may be as dense as they like.
+# and weights stay below 30 : 1. Up to FREE_BYTES the ratio does not count.
 MOST_RATIO, FREE_BYTES, MOST_MEMBERS = 200, 64 << 20, 4_000_000
 
 

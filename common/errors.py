@@ -1,4 +1,4 @@
-"""What a user can do wrong, said in one sentence."""
+"""Errors that a user can fix, each one sentence."""
 
 from difflib import get_close_matches
 

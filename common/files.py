@@ -66,7 +66,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_error(path: str | os.PathLike, error: OSError) -> Exception:
-    """The UserError for a failed write to `path`, or `error` itself when it is nothing a user can mend."""
+    """The UserError for a failed write to `path`, or `error` itself when a user cannot fix it."""
     reason = _REASONS.get(error.errno or 0)
     if reason is None:
         return error

@@ -118,7 +118,7 @@ def _error(name: str, allowed: str, value: Any, advice: str) -> UserError:
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers a key may have. `words` says it to a user."""
+    """Which numbers a key may have. `words` describes them in messages."""
 
     words: str
     low: float = -math.inf
@@ -207,12 +207,12 @@ RANGES: dict[str, Range] = {
     "trainer.devices": COUNT,
     "trainer.devices[]": INDEX,  # numbers of GPUs
     "trainer.max_epochs": Range("-1 (no limit) or a whole number of 1 or more", -1, LARGEST, whole=True),
-    # A residual this large is met by the start itself: no solve would happen.
+    # The initial state already meets a residual this large: no step would be taken.
     "tol": Range("a number from 0 to 1 (a larger residual is met before the first step)", 0, 1),
     "speed.threads": Range("a whole number from 1 to 1024", 1, 1024, whole=True),
     "num_workers": Range("a whole number from 0 to 1024", 0, 1024, whole=True),
 }
-NUMBERS_OF_OTHERS = ("published", "table", "needs")  # sections that are printed or passed on, not used
+UNCHECKED_SECTIONS = ("published", "table", "needs")  # sections that are printed or passed on, not used
 
 
 def range_of(path: str) -> Range | None:
@@ -228,7 +228,7 @@ def configuration_problems(tree, path: str = "") -> Iterator[str]:
         if "solver" in tree:
             yield from _no_solve(tree, path)
         for key, value in tree.items():
-            if path or key not in NUMBERS_OF_OTHERS:
+            if path or key not in UNCHECKED_SECTIONS:
                 yield from configuration_problems(value, f"{path}.{key}" if path else str(key))
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):

@@ -1,4 +1,4 @@
-"""EDM2's choice of the weight average after training: an average that was never tracked, out of stored ones.
+"""EDM2's weight average of any width after training, reconstructed from stored averages.
 
 python -m tools.average outputs/edm/seed0-470f54 --std 0.07                # a run: all its step-*.ckpt
 python -m tools.average a/export b/export --std 0.07 --out weights/s070    # exports of power-function averages

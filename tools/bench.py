@@ -1,10 +1,10 @@
 """Step time and memory of a paper's code against the published procedure: `python -m tools.bench <name> [options]`.
 
 A benchmark is one file of tools/benchmarks. It describes what is compared and builds the steps; everything else is
-here: variants take turns inside one process, so that a change of load hits all of them, and the peak memory of each is
-measured in a process of its own. Nothing here is asserted: the tables are for reading.
+here: variants take turns inside one process, so that a change of load affects all of them, and the peak memory of each
+is measured in a process of its own. Nothing is asserted.
 
-    SAYS                         what the first variant is and what all of them do, one paragraph
+    DESCRIPTION                  what the first variant is and what all of them do, one paragraph
     add_arguments(parser)        options of this benchmark
     variants(options) -> [name]  the baseline first
     cases(options) -> [case]     strings; every variant is timed in every case
@@ -177,7 +177,7 @@ def run(name: str, benchmark: ModuleType, options: argparse.Namespace, arguments
     say = (lambda *_, **__: None) if options.quiet else print
     load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     facts = report.environment()
-    print(benchmark.SAYS)
+    print(benchmark.DESCRIPTION)
     print(
         f"{facts['hardware']}, torch {torch.__version__}, load average {report.show(load_before)}, "
         f"commit {facts['commit'][:9]}{' + changes' * facts['dirty']}, {options.repeats} repeats",
@@ -218,7 +218,7 @@ def run(name: str, benchmark: ModuleType, options: argparse.Namespace, arguments
     write_json(
         out / f"{name}.json",
         {
-            "says": benchmark.SAYS,
+            "says": benchmark.DESCRIPTION,
             "arguments": list(arguments),
             "load": load_before,
             **facts,
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         benchmark = load(name)
         parser = argparse.ArgumentParser(
             prog=f"python -m tools.bench {name}",
-            description=benchmark.SAYS,
+            description=benchmark.DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads, one table row each")

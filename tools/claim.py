@@ -135,7 +135,7 @@ def _known(name, options, where: str, what: str) -> None:
 
 
 def code_hash(root: Path = ROOT) -> str:
-    """16 hex digits of the code and configuration a run depends on (contents, not commits: prose does not count)."""
+    """16 hex digits of the code and configuration a run depends on (contents, not commits; without documentation)."""
     tops = ("common", "projects", "conf", "tools/benchmarks")
     listed = report.git("ls-files", "-co", "--exclude-standard", "--", *tops, root=root)
     names = (
@@ -200,11 +200,11 @@ def make_runs(
         place = folder / name
         if "benchmark" in spec:
             module, arguments, used = "tools.bench", benchmark_arguments(spec, place), []
-            answer = place / f"{spec['benchmark']}.json"
+            written = place / f"{spec['benchmark']}.json"
         else:
             module, arguments = "projects.run", run_arguments(spec, seed, place, folders)
-            # where that verb leaves its numbers
-            answer = (place / "test" if "task=test" in arguments else place) / "result.json"
+            # where that verb writes its numbers
+            written = (place / "test" if "task=test" in arguments else place) / "result.json"
             used = [
                 other
                 for other in folders
@@ -213,7 +213,7 @@ def make_runs(
         stamp = {"arguments": arguments, "code": code, "needs": {other: stamps[other] for other in used}}
         folders[name], stamps[name] = place, stamp
         same = not fresh and _stamp(place) == stamp
-        result = _result(answer) if same else None
+        result = _result(written) if same else None
         if result is not None:
             say(f"[seed {seed}] {name}: reusing {place}")
         else:
@@ -222,9 +222,9 @@ def make_runs(
             write_json(place / STAMP, stamp)
             say(f"[seed {seed}] {name}: python -m {module} {' '.join(arguments)}")
             status = run(arguments, module)
-            result = _result(answer)
+            result = _result(written)
             if status or result is None:
-                why = f"ended with exit code {status}" if status else "left no {answer.name}"
+                why = f"ended with exit code {status}" if status else f"left no {written.name}"
                 raise UserError(
                     f"Run '{name}' of seed {seed} {why}; see its output above. "
                     f"Start again with the same command: finished runs are kept."
@@ -234,7 +234,7 @@ def make_runs(
 
 
 def _result(path: Path) -> dict | None:
-    """The numbers a finished run or benchmark left, None when there are none."""
+    """The numbers a finished run or benchmark wrote, None when there are none."""
     if path.name == "result.json":
         return report.read_result(path.parent)
     try:

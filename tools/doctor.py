@@ -1,7 +1,7 @@
 """What will work on this machine, and why not: `python -m tools.doctor [--all] [data=<name>] [data.root=<folder>]`.
 
 Looks at packages, the machine, data sets, weights and folders: one line per group as it goes, then what is broken.
---all lists every finding with what to do about it. Leaves nothing behind and downloads nothing.
+--all lists every finding with what to do about it. Leaves no files and downloads nothing.
 Exit code 1 when something `make demo` needs is broken, or when the data set asked for is not usable; else 0.
 """
 
@@ -210,7 +210,7 @@ def _read(part: str, name: str, key: str, folder: Path):
     tree: Any = OmegaConf.create({"paths": top.paths, "seed": 0})
     if part != "data":
         tree = OmegaConf.merge(tree, {"data": {"root": str(folder)}})
-    # experiments bring their whole tree to the top, the other groups stand under their own name
+    # experiments are merged at the top of the tree, other groups under their own name
     tree = OmegaConf.merge(tree, chosen if part == "experiment" else {part: chosen}, {"paths": {"data": str(folder)}})
     value = OmegaConf.select(tree, key)
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -334,7 +334,7 @@ def summary(group: str, findings: list[Finding]) -> str:
 
 
 def show(findings: list[Finding]) -> None:
-    """Prints the table; the fix stands below what it mends."""
+    """Prints the table; each fix is printed below its finding."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -8,7 +8,7 @@ cut and resized as Dhariwal & Nichol do, and it and its mirror image are encoded
 latents, in shards of --shard-size pictures (`common/data/latents/cache.py` says how). 1,281,167 pictures of 256 pixels
 take 84 GB, half with --store float16.
 
-Stop it at any time: the same command goes on, checks what is there by checksum and encodes only what is missing.
+Stop it at any time: the same command continues, checks what is there by checksum and encodes only what is missing.
 Several processes share the shards by --rank and --world, or as torchrun numbers them.
 """
 
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {_as_options(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nStopped. The finished shards are kept; the same command goes on.", file=sys.stderr)
+        print("\nStopped. The finished shards are kept; the same command continues.", file=sys.stderr)
         return 130
     return 0
 
@@ -220,7 +220,7 @@ def _device(options: argparse.Namespace):
 
 
 def _command(options: argparse.Namespace) -> list[str]:
-    """The words that start this work again in one process."""
+    """The command line that repeats this work in one process."""
     words = ["python", "-m", "tools.encode_latents", *map(os.path.abspath, (options.images, options.out))]
     for key in ("size", "vae", "encoder", "shard_size", "dtype", "store", "fit"):
         if getattr(options, key) != _parser().get_default(key):
@@ -229,7 +229,7 @@ def _command(options: argparse.Namespace) -> list[str]:
 
 
 def _as_options(message: str) -> str:
-    """The libraries name keys of an experiment; here the same things are options."""
+    """The message of a library with keys of an experiment replaced by the options of this tool."""
     for key, option in (
         ("set data.source.num_classes=0", "give --no-labels"), ("Set data.source.fit=center", "Give --fit center"),
         ("data.source.resolution", "--size"), ("Set data.root to another place", "Give another folder"),

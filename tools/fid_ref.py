@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> dict:
     """Computes the statistics, saves them, measures the distance; returns the record.
 
-    Raises UserError on anything the user can mend.
+    Raises UserError for bad options, data or weights.
     """
     if options.out is None and options.against is None:
         raise UserError("--out or --against is missing. Give a file to write, or a folder to measure against.")
@@ -154,7 +154,7 @@ def _source(name: str, root: str):
 
 
 def _as_options(message: str) -> str:
-    """The libraries name keys of an experiment; here the same things are options."""
+    """The message of a library with keys of an experiment replaced by the options of this tool."""
     for key, option in (
         ("Set data.source.fit=center", "Give --fit center"), ("data.source.resolution", "--resolution"),
         ("data.source.fit", "--fit"), ("Set data.root or data.source.path", "Set --data"), ("data.root", "--root"),

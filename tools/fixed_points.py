@@ -18,7 +18,7 @@ from common.nets.deq_transformer import DEQTransformer
 from common.nets.mdeq import MDEQ
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The textbook
+# Textbook algorithms
 
 
 def textbook(name: str, f: Callable, z: Tensor, *, max_iter: int, tol: float) -> Tensor:

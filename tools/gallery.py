@@ -34,7 +34,7 @@ RUNS = 12  # newest runs per paper
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What there is to show
+# Contents of the page
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def relations(root: Path, slug: str, record: Mapping) -> str:
         held = "held" if relation["held"] else "failed"
         seeds = f"{sum(relation['per_seed'].values())} of {len(relation['per_seed'])}"
         asked = f"{relation['left']} {relation['op']} {report.show(relation['factor'])} x {relation['right']}"
-        cells = (zoo.says_of(words, relation), asked, report.show(relation["ratio"]), seeds)
+        cells = (zoo.sentence_of(words, relation), asked, report.show(relation["ratio"]), seeds)
         rows.append(
             f'<tr class="{held}"><td><b>{held}</b></td>'
             + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)

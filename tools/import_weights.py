@@ -76,7 +76,7 @@ def _pickle(args: argparse.Namespace, out: Path):
 
     if args.net or args.set or args.noise_scale is not None or args.omega is not None:
         raise UserError(
-            f"the file says what network it is of: leave --net, --set, --noise-scale and --omega out for {args.family}."
+            f"the file names its network: leave --net, --set, --noise-scale and --omega out for {args.family}."
         )
     return convert(args.file, out, family=args.family, key=args.key or "ema")
 

@@ -1,12 +1,12 @@
-"""Renders what the tree knows into README.md, projects/README.md and the cards: `python -m tools.zoo [--check]`.
+"""Renders the generated tables of README.md, projects/README.md and the cards: `python -m tools.zoo [--check]`.
 
-Between `<!-- zoo:<name> -->` and `<!-- /zoo -->` stand, written by this tool alone:
+This tool alone writes what is between `<!-- zoo:<name> -->` and `<!-- /zoo -->`:
     papers        README.md: one line per paper and family, its headline beside the baseline, the verdict of its claim
     publications  projects/README.md: per paper what was measured, what was only fake-run, what is not covered
     headline      a card: the measured result in one sentence
     experiments   a card: one line per conf/experiment/*.yaml, from its header comment: what, cost
     results       a card: the newest record of projects/<slug>/results.json and the papers' published numbers
-Numbers come from the record; words come from conf/claim/<slug>.yaml, so that a better word needs no new run.
+Numbers come from the record; descriptions come from conf/claim/<slug>.yaml, so that rewording needs no new run.
 --check changes nothing and exits with 1 when a table is out of date.
 """
 
@@ -32,7 +32,7 @@ NOT_COVERED = "## Not covered"  # the section of a card that projects/README.md 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the tree knows
+# Contents of the repository
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def _measured(root: Path, slug: str, record: Mapping) -> str:
         )
     relations = [
         {
-            "the claim": says_of(words, relation),
+            "the claim": sentence_of(words, relation),
             "asked": f"{relation['left']} {relation['op']} {show(relation['factor'])} x {relation['right']}",
             "ratio of means": relation["ratio"],
             "seeds": f"{sum(relation['per_seed'].values())} of {len(relation['per_seed'])}",
@@ -297,7 +297,7 @@ def _measured(root: Path, slug: str, record: Mapping) -> str:
     )
 
 
-def says_of(words: Mapping, relation: Mapping) -> str:
+def sentence_of(words: Mapping, relation: Mapping) -> str:
     """The sentence of a recorded relation: as conf/claim has it today, else as it was recorded."""
     for declared in words.get("relations", []):
         if _relation(declared) == _relation(relation) and declared.get("says"):

@@ -9,11 +9,11 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
     real, fake  (B, ...) logits. 2 where all logits are 0, 0 where both kinds are beyond the margin.
 
-    Geometric GAN (arXiv 1705.02894), SAGAN (arXiv 1805.08318) equation 5.
+    Geometric GAN (arXiv 1705.02894), SAGAN (arXiv 1805.08318) equation 4.
     """
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 def hinge_generator_loss(fake: Tensor) -> Tensor:
-    """-mean D(G(z)), a scalar without a lower bound: its margin is the discriminator's. SAGAN equation 5."""
+    """-mean D(G(z)), a scalar without a lower bound: its margin is the discriminator's. SAGAN equation 4."""
     return -fake.mean()

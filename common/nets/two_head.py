@@ -19,8 +19,8 @@ from common.tensors import append_dims
 class TwoHeadVelocity(nn.Module):
     """u and v, (B, C, R, R) each, from one raw network whose output channels are split between them.
 
-    model       raw network `net(x, noise_labels, class_labels, augment_labels, dropout_masks)`; num_times counts all it
-                is told: the times, and three numbers more (1 - 1/omega, t_min, t_max) when guided. out_channels =
+    model       raw network `net(x, noise_labels, class_labels, augment_labels, dropout_masks)`; num_times counts
+                all its conditions: the times, and 1 - 1/omega, t_min, t_max when guided. out_channels =
                 in_channels for u alone, twice as many with a v-head
     times       what conditions it, in order, of "t", "r" and "t-r"; iMF and pMF: t - r alone
     guided      whether it is conditioned on guidance scale and interval

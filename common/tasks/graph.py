@@ -107,7 +107,7 @@ class GraphClassification(EquilibriumModule):
 
         The picture: at most `samples` rows drawn by `seed`, their states before the classifier on their two principal
         axes, coloured by class (labels at once: by how many hold), a cross where the answer is wrong (nowhere right).
-        The table: every class with its rows, how many were told right, and how many got that class.
+        The table: every class with its rows, how many were predicted right, and how many were predicted as that class.
         """
         states, said, true = self._answers(data)
         order = torch.randperm(len(states), generator=torch.Generator().manual_seed(seed))[:samples]

@@ -7,10 +7,10 @@
     deq = get_deq(f_solver="broyden", f_max_iter=18, grad=5, tau=0.5)
     z_out, info = deq(lambda z: cell(z, x), torch.zeros_like(x))
 
-New code uses common.deq directly. Where the original is wrong ours is right, and the
-docstring of the name says so. Three of them belong to no name: the default f_stop_mode "abs" depends on the width of
-the state and is rarely met by convolutional ones, use "rel" (6); compile `func`, not the layer (16); a language model
-with f_max_iter 0 is an unrolled network, not a root solve (19).
+New code uses common.deq directly. Errors of torchdeq are corrected here; the docstring of each name states the
+difference. Three remarks concern no single name. The default f_stop_mode "abs" depends on the width of the state and is
+rarely met by convolutional ones: use "rel". Compile `func`, not the layer. A language model with f_max_iter 0 is an
+unrolled network, not a root solve.
 
 TorchDEQ: arXiv 2310.18605, released as torchdeq 0.1.0.
 """

@@ -1,4 +1,4 @@
-"""The settings of the torchdeq facade: where they come from, what they are called, what is taken for a misspelling."""
+"""The settings of the torchdeq facade: their sources, names and defaults, and the warning about misspelt ones."""
 
 import warnings
 from argparse import ArgumentParser
@@ -90,10 +90,10 @@ def warn_unknown(given: Iterable[str], known: Iterable[str], where: str, *, alik
     alike  name only what looks like a misspelt setting
     """
     known = list(known)
-    said = []
+    unknown = []
     for name in given:
         close = [] if name in known else get_close_matches(name, known, n=1, cutoff=0.75)
         if close or (name not in known and not alike):
-            said.append(f"{name} (closest: {close[0]})" if close else name)
-    if said:
-        warnings.warn(f"{where} has no setting {', '.join(said)}: without effect.", stacklevel=3)
+            unknown.append(f"{name} (closest: {close[0]})" if close else name)
+    if unknown:
+        warnings.warn(f"{where} has no setting {', '.join(unknown)}: without effect.", stacklevel=3)

@@ -218,7 +218,7 @@ class DEQIndexing(_Supervised):
 
 
 class DEQSliced(_Supervised):
-    """A solve per state, each going on from the last one after its gradient steps; then f_max_iter + n_states * grad
+    """A solve per state, each starting from the last one after its gradient steps; then f_max_iter + n_states * grad
     evaluations.
 
     info covers all slices: residuals of the last one, traces one after another, nstep in total (torchdeq: the last

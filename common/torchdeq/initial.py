@@ -28,7 +28,7 @@ def mixed_init(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Entries N(0, 1) or 0, with probability 1/2 each: a start that teaches path independence.
+    """Entries N(0, 1) or 0, with probability 1/2 each: trains a layer to be path independent.
 
     Anil et al., Path Independent Equilibrium Models (arXiv 2211.09961), mixed initialisation.
     """

@@ -156,7 +156,7 @@ def apply_norm(
     """Normalise the weights of all registered module types below `model`: Linear, Conv1-3d, ConvTranspose1-3d.
 
     norm_type          "weight_norm", "spectral_norm", "none" or registered; a norm_type in args comes first
-    prefix_filter_out  beginnings of module paths left alone; filter_out: parts of module paths
+    prefix_filter_out  beginnings of module paths that are skipped; filter_out: parts of module paths
     args               Namespace, dict or object with norm_type, norm_no_scale, norm_clip, norm_clip_value,
                        norm_target_norm, sn_n_power_iters; read, never changed
     norm_kwargs        the same names, which come before args; or learn_scale, clip, clip_value, target_norm,
@@ -256,7 +256,7 @@ def register_norm_module(
 
 
 def reset_dropout(model: nn.Module) -> None:
-    """Let every dropout mask below `model` go: the next use draws a new one, on the input's device."""
+    """Clear every dropout mask below `model`: the next use draws a new one, on the input's device."""
     for part in model.modules():
         if isinstance(part, VariationalMask):
             part.reset()

@@ -7,7 +7,7 @@ What all four share:
 func      x -> image of x, same shape as x; called with one argument
 x0        (B, ...): rows are samples; a tensor of one or no dimension counts as (B, 1) or (1, 1)
 max_iter  steps at most; 0 returns x0 unmeasured
-tol       as in torchdeq all samples go on until the residual of the last one meets tol (rows of x0 may be coupled, as
+tol       as in torchdeq all samples iterate until the residual of the last one meets tol (rows of x0 may be coupled, as
           the nodes of a graph are); one that is not finite is no longer waited for. 0 or less: all steps are taken
 stop_mode "abs": ||func(x) - x||, "rel": the same over ||func(x)||; the first grows with the width of x
 indexing  steps whose states are returned as well: as many as listed, also after an early stop (torchdeq drops those);

@@ -12,7 +12,7 @@ _OWN_KEYS = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
 
 def build(config: Any, *, allowed: Sequence[str] = CONFIGURATION) -> Any:
-    """The objects a tree of plain Python data describes; data without `_target_` comes back as it is.
+    """The objects a tree of plain Python data describes; data without `_target_` is returned unchanged.
 
     `{"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 3}` -> the layer. Nested dictionaries and lists
     are built first; `_partial_: True` gives a functools.partial, `_args_` positional arguments.

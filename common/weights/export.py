@@ -179,8 +179,8 @@ def load(path_dir: str | Path, *, device: str = "cpu") -> Exported:
     if not isinstance(config, dict) or config.get("format") != FORMAT or "network" not in config:
         raise UserError(f"{folder / CONFIG} is not of the format {FORMAT}. Export again with this version.")
     tensors = load_tensors(folder)
-    # Built for real, not on the meta device: buffers that are no part of the weights must hold their values. The
-    # initial values are overwritten at once; the user's random stream must not notice.
+    # Built on a real device, not on meta: buffers that are no part of the weights must hold their values. The
+    # initial values are overwritten at once; the user's random state is restored.
     with torch.random.fork_rng(devices=[]):
         net = build(config["network"], allowed=EXPORT)
     _compare(tensors, net, name=str(folder / WEIGHTS))

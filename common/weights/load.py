@@ -1,4 +1,4 @@
-"""Weights from files, without running anything a file contains, and into modules, without silent gaps."""
+"""Weights from files, without running anything a file contains, and into modules, with every gap reported."""
 
 import fnmatch
 import pickle
@@ -51,7 +51,7 @@ class LoadReport:
         if self.stripped or self.added:
             parts.append(f"prefix {self.stripped or 'none'!r} read as {self.added or 'none'!r}")
         if self.outside:
-            parts.append(f"{self.outside} under other prefixes left alone")
+            parts.append(f"{self.outside} under other prefixes ignored")
         for word in ("missing", "unexpected", "mismatched", "skipped"):
             names = getattr(self, word)
             if names:
@@ -130,7 +130,7 @@ def stored_step(path: str | Path) -> int:
 
 
 def unsafe(error: Exception) -> str:
-    """Why torch refused to read a file, in words of ours: torch's own sentence tells how to switch the refusal off."""
+    """Why torch refused to read a file, in our words: torch's own message explains how to disable the check."""
     asked = re.search(r"(?:GLOBAL|Unsupported (?:class|global:?(?: GLOBAL)?)) ([\w.]*\w)", str(error))
     if asked:
         return f"it asks for {asked[1]}, and only tensors and plain data are read; nothing was run"
@@ -163,7 +163,7 @@ def load_into(
              and torch.compile's `_orig_mod.`) when that makes names match
     ignore   glob patterns of names that may be missing or left over (they are reported)
     strict   every other tensor must be there with its shape; False loads what fits and reports the rest
-    name     how messages call the source
+    name     name of the source in messages
 
     Nothing is changed when it raises. Tensors named `map_augment.weight` that the module does not have are always
     skipped. Raises UserError when the names or shapes are those of another architecture.

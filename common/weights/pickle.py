@@ -1,7 +1,7 @@
 """Official EDM / EDM2 network pickles, read without running anything they contain.
 
 Those files hold Python source code next to the tensors and normally `exec` it when opened. Here every name a file asks
-for is answered by an inert stand-in of ours, or refused; the source text is skipped. What comes out is tensors under
+for is replaced by an inert stand-in of ours, or refused; the source text is skipped. What comes out is tensors under
 their official names and the constructor arguments as plain data.
 
 Format (read from NVlabs/edm and edm2, `torch_utils/persistence.py`): `dict(ema=<network>, ...)`; a network is
@@ -78,15 +78,15 @@ def read_snapshot(path: str | Path, *, key: str = "ema") -> Snapshot:
         raise UserError(f"{path}: {error}") from error
 
 
-class _Sealed(type):
-    """Classes a pickle can hold in its hands but not change."""
+class _ImmutableClass(type):
+    """Classes that a pickle can refer to but not change."""
 
     def __setattr__(cls, name, value):
         raise UserError(f"the file tries to change {cls.__name__}.{name} and is refused.")
 
 
-class Record(metaclass=_Sealed):
-    """What stands for an object of the file: `name` of its class and `state`, its `__dict__`. It can do nothing."""
+class Record(metaclass=_ImmutableClass):
+    """Inert stand-in for an object of the file: `name` of its class and `state`, its `__dict__`."""
 
     name = "object"
     state: dict
@@ -105,8 +105,8 @@ class Record(metaclass=_Sealed):
         self.__dict__["state"] = state
 
 
-class _Held(metaclass=_Sealed):
-    """A finished value behind glass: pickle's BUILD opcode must not reach a tensor's own `__setstate__`."""
+class _ReadOnly(metaclass=_ImmutableClass):
+    """Read-only wrapper of a finished value: pickle's BUILD opcode must not reach a tensor's own `__setstate__`."""
 
     __slots__ = ("value",)
     value: Any
@@ -118,7 +118,7 @@ class _Held(metaclass=_Sealed):
         raise UserError("the file tries to change a finished value and is refused.")
 
 
-class _Call(_Held):
+class _Call(_ReadOnly):
     """A function of ours that a pickle may call but not change."""
 
     __slots__ = ()
@@ -127,7 +127,7 @@ class _Call(_Held):
         return self.value(*args)
 
 
-class _DType(metaclass=_Sealed):
+class _DType(metaclass=_ImmutableClass):
     """A numpy dtype by name; only plain numbers, because object dtypes would unpickle again."""
 
     __slots__ = ("code", "order")
@@ -146,7 +146,7 @@ class _DType(metaclass=_Sealed):
         return np.dtype(self.order + self.code if self.order in "<>" else self.code)
 
 
-class _Array(metaclass=_Sealed):
+class _Array(metaclass=_ImmutableClass):
     """A numpy array that is filled by pickle's BUILD opcode."""
 
     __slots__ = ("value",)
@@ -191,7 +191,7 @@ def _persistent(meta):
 
 
 def _record_type(name: str) -> type:
-    return _Sealed(name, (Record,), {"name": name})
+    return _ImmutableClass(name, (Record,), {"name": name})
 
 
 def _load_from_bytes(data):
@@ -211,11 +211,11 @@ def _load_from_bytes(data):
         raise UserError(f"a tensor storage inside the file {asked} and is refused; nothing was run.") from error
     if not isinstance(storage, torch.storage.TypedStorage):
         raise UserError(f"a tensor storage inside the file is a {type(storage).__name__} and is refused.")
-    return _Held(storage)
+    return _ReadOnly(storage)
 
 
 def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
-    if not isinstance(storage, _Held) or not isinstance(storage.value, torch.storage.TypedStorage):
+    if not isinstance(storage, _ReadOnly) or not isinstance(storage.value, torch.storage.TypedStorage):
         raise UserError("a tensor without a storage is refused.")
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
@@ -229,11 +229,11 @@ def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=No
         raise UserError(f"a tensor of size {tuple(size)} reaches past its {flat.numel()} stored numbers.")
     if math.prod(size) > flat.numel():
         raise UserError(f"a tensor of size {tuple(size)} repeats its {flat.numel()} stored numbers and is refused.")
-    return _Held(flat.as_strided(tuple(size), tuple(stride), offset).clone().contiguous())
+    return _ReadOnly(flat.as_strided(tuple(size), tuple(stride), offset).clone().contiguous())
 
 
 def _rebuild_parameter(data, requires_grad=True, hooks=None, state=None):
-    if not isinstance(data, _Held) or not isinstance(data.value, Tensor):
+    if not isinstance(data, _ReadOnly) or not isinstance(data.value, Tensor):
         raise UserError("a parameter without a tensor is refused.")
     return data
 
@@ -278,7 +278,7 @@ for _home in ("numpy.core", "numpy._core"):
 
 
 class _Reader(pickle.Unpickler):
-    """Answers every global from `_NAMES`; never imports, never looks anything up by name."""
+    """Looks up every global in `_NAMES`; never imports anything."""
 
     def find_class(self, module, name):
         found = _NAMES.get((module, name))
@@ -335,7 +335,7 @@ def _collect(record: Record, prefix: str, into: dict[str, Tensor], depth: int, b
         for name, value in _items(record, group):
             if value is None or (group == "_buffers" and name in transient):
                 continue
-            if not isinstance(value, _Held) or not isinstance(value.value, Tensor):
+            if not isinstance(value, _ReadOnly) or not isinstance(value.value, Tensor):
                 raise UserError(f"{prefix}{name} is not a tensor.")
             into[prefix + name] = value.value
     for name, child in _items(record, "_modules"):
@@ -367,6 +367,6 @@ def plain(value: Any, depth: int = 0, budget: _Budget | None = None) -> Any:
         return value.value.tolist()
     if isinstance(value, _DType):
         return str(value.value)
-    if isinstance(value, _Held) and isinstance(value.value, Tensor):
+    if isinstance(value, _ReadOnly) and isinstance(value.value, Tensor):
         return value.value.tolist() if value.value.numel() <= 1024 else f"<tensor {tuple(value.value.shape)}>"
     return f"<{value.name}>" if isinstance(value, Record) else f"<{type(value).__name__}>"

@@ -40,7 +40,7 @@ class Autoencoder(Protocol):
     """
 
     def check(self) -> None:
-        """Cheap look whether it can be loaded. Raises UserError saying what to do."""
+        """Cheap check whether it can be loaded. Raises UserError saying what to do."""
 
     def identity(self) -> str:
         """A name that changes with the weights; kept beside what was encoded."""
@@ -81,14 +81,14 @@ class SdVae:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        gaussian = self._on(images).encode(images.to(self.dtype)).latent_dist
+        gaussian = self._model_on(images).encode(images.to(self.dtype)).latent_dist
         return gaussian.mean.float(), gaussian.std.float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        return self._on(latents).decode(latents.to(self.dtype)).sample.float()
+        return self._model_on(latents).decode(latents.to(self.dtype)).sample.float()
 
-    def _on(self, tensor: Tensor):
+    def _model_on(self, tensor: Tensor):
         if self._model is None:
             self.check()
             self._model = self._load()
@@ -133,7 +133,7 @@ class LatentDecoder:
         self.vae, self.mean, self.std, self.batch_size = vae, mean, std, batch_size
 
     def check(self) -> None:
-        """Cheap look whether the autoencoder is there. Raises UserError."""
+        """Cheap check whether the autoencoder is there. Raises UserError."""
         self.vae.check()
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from common.deq.solvers import Anderson, Broyden, NewtonKrylov, Picard
 from common.errors import UserError
 from tools.fixed_points import FAMILIES, measure, textbook
 
-SAYS = """\
+DESCRIPTION = """\
 Solvers of common/deq against the algorithms as in the textbook (tools/fixed_points.py: plain iteration; Anderson with
 an absolute ridge of 1e-4, the Gram matrix from scratch at each step, the oldest point dropped; good Broyden as a sum of
 rank-one terms; all three stop when the worst sample of the batch has converged).
@@ -121,7 +121,7 @@ class Fixed:
     """A map with a known fixed point, solved from zeros."""
 
     def __init__(self, f: Callable, z: Tensor, *, tol: float, max_iter: int):
-        self.f, self.answer, self.tol, self.max_iter = f, z, tol, max_iter
+        self.f, self.fixed_point, self.tol, self.max_iter = f, z, tol, max_iter
 
     def __call__(self, variant: str) -> dict:
         calls = 0
@@ -131,7 +131,7 @@ class Fixed:
             calls += 1
             return self.f(z)
 
-        start = torch.zeros_like(self.answer)
+        start = torch.zeros_like(self.fixed_point)
         if variant in TEXTBOOK:
             with torch.no_grad():
                 z = textbook(variant.split()[1], counted, start, max_iter=self.max_iter, tol=self.tol)
@@ -139,7 +139,7 @@ class Fixed:
         else:
             found = solve(counted, start, solver=OURS[variant](max_iter=self.max_iter, tol=self.tol))
             z, calls, samples = found.z, int(found.evaluations.max()), found.samples
-        error = (z - self.answer).norm(dim=1) / self.answer.norm(dim=1)
+        error = (z - self.fixed_point).norm(dim=1) / self.fixed_point.norm(dim=1)
         return {"evaluations": float(calls), "sample evals": float(samples), "error": float(error.max())}
 
 
@@ -175,11 +175,11 @@ class Overhead:
     STEPS = 40
 
     def __init__(self, seed: int, device: str):
-        w, x, self.answer = tanh_layer(seed, device, 2.5)  # slow enough: residuals still fall at step 40
+        w, x, self.fixed_point = tanh_layer(seed, device, 2.5)  # slow enough: residuals still fall at step 40
         self.f, self.device = lambda v: torch.tanh(torch.addmm(x, v, w.T)), device
 
     def __call__(self, variant: str) -> dict:
-        start = torch.zeros_like(self.answer)
+        start = torch.zeros_like(self.fixed_point)
         with torch.no_grad():
             began = wait(self.device)
             if variant in TEXTBOOK:

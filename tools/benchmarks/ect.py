@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-SAYS = """\
+DESCRIPTION = """\
 One training step of ECT on the CIFAR-10 network, same weights, images and random times for all variants: draw t, two
 passes, backward, non-finite gradients, RAdam, average of the weights.
   published   the authors' procedure restated: the plain network (grouped convolutions for resampling, einsum
@@ -40,7 +40,7 @@ SETTINGS = {
     LAYOUT: ["speed.channels_last=false"],
     HALF: ["trainer.precision=bf16-mixed"],
     COMPILED: ["speed.compile=true"],
-}  # the words a user adds to the command
+}  # overrides a user adds to the command
 DECAY = 0.9999
 
 

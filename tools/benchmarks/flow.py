@@ -13,7 +13,7 @@ from common.errors import UserError
 from projects.deq_flow.raft.correlation import AllPairs, OnDemand
 from projects.deq_flow.raft.network import FlowEquilibrium, grid
 
-SAYS = """\
+DESCRIPTION = """\
 One random pair, random weights, size base (5.2 M parameters). A training step is measured by: flow_memory.
   inference  12 steps and one upsampling, without autograd: torchvision's raft_large (5.3 M parameters, which upsamples
              after every step), ours with the correlation volume (dense) and without (on_demand)

@@ -16,7 +16,7 @@ from projects.deq_flow.losses import flow_loss
 from projects.deq_flow.raft.network import FlowEquilibrium
 from tools.benchmarks import flow
 
-SAYS = """\
+DESCRIPTION = """\
 Forward and backward pass of one random pair, random weights, size base (5.2 M parameters) with weight normalisation,
 without the optimiser.
   unroll_36, unroll_12  all steps differentiated with a loss on each, as RAFT trains

@@ -20,7 +20,7 @@ from common.runtime.training import figures
 from common.runtime.verbs.plan import flop_counter
 from projects.hamburger.context import DoubleAttention, EMAttention, NonLocal, PyramidPooling
 
-SAYS = """\
+DESCRIPTION = """\
 Modules from (B, C, H, W) to the same shape, C channels inside and out, one batch of random non-negative features.
   attention       self-attention of one head, 1x1 convolutions for query, key, value and output, PyTorch's fused kernel
   textbook nmf    the Hamburger block around NMF as in the paper, restated here: every product and quotient a new

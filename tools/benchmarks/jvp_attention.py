@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.nets import jvp_attention
 from common.nets.attention import token_attention
 
-SAYS = """\
+DESCRIPTION = """\
 softmax(q k^T / sqrt(C)) v and its tangent for random q, k, v and tangents of all three: MeanFlow's derivative.
   math    plain matrix products under the forward-mode rules of common.diffusion.jvp; holds N x N matrices
   blocks  common.nets.jvp_attention.blocked_attention: torch's products over blocks of queries, on any device
@@ -102,16 +102,16 @@ def draw(options: argparse.Namespace, tokens: int, repeat: int) -> list[Tensor]:
 
 
 def remarks(rows: list[dict]) -> list[str]:
-    """How the others stand to math, case by case; on a CPU, that nothing is said about the kernel."""
+    """Time and memory of the others relative to math, per case; on a CPU, a note that the kernel was not measured."""
     key = "gpu ms" if "gpu ms" in rows[0] else "cpu ms"
-    said = []
+    lines = []
     for row in rows:
         if row["variant"] == MATH:
             continue
         math = next(r for r in rows if r["variant"] == MATH and all(r[k] == row[k] for k in ("case", "threads")))
         memory = "gpu MiB" if "gpu MiB" in row else "peak MiB"
         text = f"{row['case']}, {row['variant']}: {math[key] / row[key]:.2f}x as fast as math"
-        said.append(text + (f", {row[memory]:.0f} MiB against {math[memory]:.0f}." if memory in row else "."))
+        lines.append(text + (f", {row[memory]:.0f} MiB against {math[memory]:.0f}." if memory in row else "."))
     if key == "cpu ms":
-        said.append("The fused kernel needs CUDA: nothing here was measured with it.")
-    return said
+        lines.append("The fused kernel needs CUDA: nothing here was measured with it.")
+    return lines

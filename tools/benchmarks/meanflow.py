@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.losses.meanflow import MeanFlowLoss
 
 ROOT = Path(__file__).resolve().parents[2]
-SAYS = """\
+DESCRIPTION = """\
 One training step (loss, backward, Adam) with random images, the same weights and times for all variants.
   flow matching    r = t in all samples: one forward and one backward pass
   full-batch jvp   the usual MeanFlow step, restated from the paper (arXiv 2505.13447, algorithm 1) and its PyTorch
@@ -170,7 +170,7 @@ def build(name: str, tiny: bool) -> nn.Module:
 
 
 def remarks(rows: list[dict]) -> list[str]:
-    """How ours stands to the usual way, case by case."""
+    """Time of ours and of the usual way relative to flow matching, per case."""
     said = []
     for row in rows:
         if row["variant"] != OURS:

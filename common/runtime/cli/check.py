@@ -1,8 +1,8 @@
-"""The configuration against the code it names, before any data is touched.
+"""Checks a configuration against the signatures of the classes it names, before any data is read.
 
-Hydra rejects a misspelt key on the command line, but merges the same typo inside an experiment file silently, and knows
-nothing of types. `check` therefore imports every `_target_`, compares the keys with its signature
-and the values with its annotations, and answers in one sentence per problem with the nearest name.
+Hydra rejects a misspelt key on the command line, but merges the same typo inside an experiment file silently, and does
+not check types. `check` therefore imports every `_target_`, compares the keys with its signature and the values with
+its annotations, and reports one sentence per problem with the nearest name.
 """
 
 import collections.abc
@@ -95,7 +95,7 @@ def check_data(config, conf_dir=None) -> None:
 def _class_of(target):
     try:
         return resolve(target)
-    except UserError:  # `check` reports it with its place
+    except UserError:  # `check` reports it with its path
         return None
 
 
@@ -137,7 +137,7 @@ def _plain(config, throw: bool = True):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The walk
+# Visiting every node of the tree
 
 
 def _walk(node, path: str, schema, supplied) -> Iterator[str]:
@@ -272,7 +272,7 @@ DICTS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 def mismatch(value, hint, recursive: bool = True) -> str | None:
     """None when `value`, as plain YAML data, fits the annotation; else "a float, got 'abc' (str). <advice>".
 
-    recursive  False where Hydra leaves nested `_target_` nodes alone (`_recursive_: false`): they are dicts then
+    recursive  False where Hydra does not build nested `_target_` nodes (`_recursive_: false`): they stay dicts
     """
     advice = _misfit(value, hint, recursive)
     return None if advice is None else f"{_name(hint)}, got {_show(value)}. {advice}".rstrip()
@@ -332,7 +332,7 @@ def _data(value, hint, kind, arguments, recursive: bool) -> str | None:
     if inspect.isclass(kind) and issubclass(kind, enum.Enum):
         return None if issubclass(kind, str) and value in [m.value for m in kind] else ""
     if not inspect.isclass(kind) or getattr(kind, "_is_protocol", False):
-        return None  # an exotic annotation: the class itself will say
+        return None  # any other annotation: the class itself checks the value
     try:
         fits = isinstance(value, kind)
     except TypeError:

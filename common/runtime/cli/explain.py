@@ -42,7 +42,7 @@ def nearest_below(name: str, node, path: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What may stand in a configuration
+# The keys a configuration may have
 
 
 def read_schema(conf_dir, config_name: str = "config") -> dict:

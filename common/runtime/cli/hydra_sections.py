@@ -101,7 +101,7 @@ def check_hydra(config: DictConfig) -> None:
 
 
 def _entry(parent: Any, key: Any, path: str, allowed: tuple[str, ...], typed: list[str]) -> Iterator[str]:
-    """Problems of `parent[key]` and of what lies below it."""
+    """Problems of `parent[key]` and of what is below it."""
     raw = parent._get_node(key)
     if raw is None or raw._is_missing():
         return

@@ -1,4 +1,4 @@
-"""What makes a run the run it is: its name and the refusal to continue another run ask `identifies` here.
+"""Which settings identify a run. The run's name and the check before a run is continued both use `identifies`.
 
 No torch import: the name is needed before anything else.
 """
@@ -31,11 +31,11 @@ IRRELEVANT = (
     "data.eval_batch_size", "data.eval_fit", "data.eval_length", "data.evaluation", "data.val_split", "data.reference",
     "data.folders", "data.pans",
 )  # fmt: skip
-RELEVANT = ("callbacks.seeding", "callbacks.guard.replace")  # below one of the above, and yet it changes weights
+RELEVANT = ("callbacks.seeding", "callbacks.guard.replace")  # below one of the above, but they change weights
 SECTIONS = ("trainer",)  # config groups whose choice changes irrelevant settings alone
-# What a run without the setting does, where its class has no default: settings that came later, or have gone.
-UNSAID = {"project.loss_scaling": 1.0, "project.official_gradients": False, "project.odd_sizes": "pad"}
-FOLDERS = ("root", "cache_dir")  # last words of settings that only say where files lie
+# Values of absent settings whose class has no default: settings that were added later, or removed.
+ABSENT_VALUES = {"project.loss_scaling": 1.0, "project.official_gradients": False, "project.odd_sizes": "pad"}
+FOLDERS = ("root", "cache_dir")  # last keys of settings that only name where files are
 
 
 def identifies(key: str) -> bool:
@@ -121,8 +121,8 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _default(key: str, other: Mapping, own: Mapping) -> Any:
     """The default of the option `key` that the tree `own` lacks, where both trees name the same class; else None."""
-    if key in UNSAID:
-        return UNSAID[key]
+    if key in ABSENT_VALUES:
+        return ABSENT_VALUES[key]
     parent, _, option = key.rpartition(".")
     target = own.get(f"{parent}._target_")
     if not isinstance(target, str) or current(target) != current(str(other.get(f"{parent}._target_"))):

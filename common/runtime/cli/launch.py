@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from common.errors import UserError, nearest, user_error
 from common.limits import RANGES
-from common.runtime.cli import places
+from common.runtime.cli import paths
 from common.runtime.cli.identity import run_name
 from common.targets import current
 
@@ -41,10 +41,10 @@ def register_resolvers() -> None:
         return run_name(seed, overrides, tree)
 
     OmegaConf.register_new_resolver("run_name", name, replace=True)
-    OmegaConf.register_new_resolver("run_dir", places.run_dir, replace=True)
-    OmegaConf.register_new_resolver("folder", places.expanded, replace=True)
+    OmegaConf.register_new_resolver("run_dir", paths.run_dir, replace=True)
+    OmegaConf.register_new_resolver("folder", paths.expanded, replace=True)
     # cached: a job of a sweep resolves this with overrides of its own, and must get the folder of the sweep
-    OmegaConf.register_new_resolver("sweep_dir", places.sweep_dir, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("sweep_dir", paths.sweep_dir, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("hydra_record", lambda mode: ".hydra" if "MULTIRUN" in str(mode) else None,
                                     replace=True)  # fmt: skip
 
@@ -92,7 +92,7 @@ def explain(error: Exception, conf: Path) -> tuple[str | None, int]:
         )
         return _with_section(sentence, error), 2
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        cause = error.__cause__  # a constructor of a library refused: its words, and where they belong
+        cause = error.__cause__  # raised by a library's constructor: its message, and the section being built
         known = isinstance(cause, ValueError) or type(cause).__name__ == "MisconfigurationException"
         return (_with_section(" ".join(str(cause).split()), error), 2) if known else (None, 1)
     if is_composition_error(error):
@@ -106,13 +106,13 @@ def explain(error: Exception, conf: Path) -> tuple[str | None, int]:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether Python, or torch on any device, could not allocate memory, at whatever place of the chain of causes."""
+    """Whether Python, or torch on any device, could not allocate memory, anywhere in the chain of causes."""
     while error is not None:
         kind = type(error).__name__
-        said = isinstance(error, RuntimeError) and (
+        allocation = isinstance(error, RuntimeError) and (
             "can't allocate memory" in str(error) or "out of memory" in str(error)
         )
-        if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or said:
+        if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or allocation:
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -137,7 +137,7 @@ def open_sections(schema: dict) -> dict:
 
 
 def quiet() -> None:
-    """Keep Lightning's advertisements and notes on its own internals out of the output; warnings about the run stay."""
+    """Filter out Lightning's advertisements and notes on its internals; warnings about the run stay."""
     import logging
     import warnings
 
@@ -152,7 +152,7 @@ def quiet() -> None:
 
 
 def move_targets(node) -> None:
-    """Write the present path over every `_target_` of `node` that names a class by the path it had before it moved."""
+    """Replace every `_target_` of `node` that names a moved class by its old path with the present path."""
     if OmegaConf.is_dict(node):
         target = node.get("_target_")
         if isinstance(target, str) and current(target) != target:
@@ -187,15 +187,15 @@ def launch(cfg: DictConfig):
         if choices.get("evaluate") == "none":
             measure_nothing(cfg, conf)
     for key, folder in cfg.paths.items():
-        OmegaConf.update(cfg, f"paths.{key}", places.expanded(folder, f"paths.{key}"))
+        OmegaConf.update(cfg, f"paths.{key}", paths.expanded(folder, f"paths.{key}"))
     try:
         return _launch(cfg, conf)
     finally:
-        places.remove_empty(Path(cfg.run.dir), Path(cfg.paths.outputs))  # of a refused command, or a plan
+        paths.remove_empty(Path(cfg.run.dir), Path(cfg.paths.outputs))  # of a refused command, or a plan
 
 
 def measure_nothing(cfg: DictConfig, conf: Path) -> None:
-    """`evaluate=none` switches measuring off, whatever keys of another evaluation an experiment sets: those go.
+    """`evaluate=none` switches measuring off: keys that an experiment sets for another evaluation are dropped.
 
     Which weights are shown and exported stays (`evaluate.average`).
     """

@@ -15,8 +15,8 @@ from common.errors import UserError
 def only_run(folder: Path) -> Iterator[None]:
     """Holds `<folder>/.running` while the body runs; raises UserError when another process holds it.
 
-    A POSIX record lock: gone with the process however it ends, and not shared with its data workers. Only the first
-    process of a distributed run takes it.
+    A POSIX record lock: the system releases it when the process ends, and its data workers do not share it. Only the
+    first process of a distributed run takes it.
     """
     if getattr(rank_zero_only, "rank", 0):
         yield

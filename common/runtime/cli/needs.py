@@ -1,4 +1,4 @@
-"""Runs that other runs build on: a teacher, a baseline. Trained first when they are not there yet."""
+"""Runs that other runs build on: a teacher, a baseline. They are trained first when they are missing."""
 
 import fcntl
 import os
@@ -29,7 +29,7 @@ def override(key: str, value) -> str:
 def is_usable(folder: Path, steps: int | None = None) -> bool:
     """True when the run in `folder` finished and its exported weights are intact.
 
-    steps  optimiser steps it must have trained, None for any number: a shortened run stands in for no whole one
+    steps  optimiser steps it must have trained, None for any number; a shorter run does not count
     """
     result = folder / "result.json"
     if not result.is_file() or verify_checksum(folder / "export" / "model.safetensors") is not True:
@@ -53,8 +53,8 @@ def ensure(name: str, need: dict, *, seed: int, paths: dict, say=print) -> dict:
 
     need   {experiment: slug, dir: run folder, overrides: [key=value, ...]}
     Two runs that need the same one wait for each other (a lock file in the folder). A run that finished with fewer
-    steps than wanted goes on to them.
-    Raises UserError when the needed run fails; what it printed stands above.
+    steps than wanted continues up to them.
+    Raises UserError when the needed run fails; its output is printed above.
     """
     unknown = set(need) - {"experiment", "dir", "overrides"}
     if unknown or "experiment" not in need or "dir" not in need:

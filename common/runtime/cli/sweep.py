@@ -1,4 +1,4 @@
-"""The end of a sweep: every job's result in one table and one plot, whichever launcher or sweeper ran it."""
+"""Every job's result of a sweep in one table and one plot, for any launcher and sweeper."""
 
 import atexit
 import math
@@ -23,7 +23,7 @@ class SweepTable(Callback):
     """Writes `table.csv`, `table.md` and `table.png` into the sweep folder and prints the table with its paths.
 
     Jobs are found on disk (`<sweep folder>/<job>/.hydra/overrides.yaml` and `result.json`), because their processes may
-    be anywhere. Hydra ends a sweep with a failed job by an exception, without telling its callbacks; the table is then
+    be anywhere. Hydra ends a sweep with a failed job by an exception, without calling its callbacks; the table is then
     shown when the process exits, with the error in the failed job's row.
 
     published  the paper's numbers of an ablation, shown in a column "published": overrides of a job, as in
@@ -74,7 +74,7 @@ def planned_jobs(config: DictConfig) -> dict:
 
 
 def job_heading(config: DictConfig) -> str:
-    """`[3 of 8] lr=0.001, seed=0`, said before a job of a sweep begins."""
+    """`[3 of 8] lr=0.001, seed=0`, printed before a job of a sweep begins."""
     path = Path(config.hydra.sweep.dir) / PLAN
     plan = read_json(path) if path.is_file() else {"jobs": None, "swept": []}
     own = dict(split_override(str(text)) for text in config.hydra.overrides.task)
@@ -134,7 +134,7 @@ def published_number(overrides: Mapping[str, str], published: Mapping[str, float
 
 
 def _plain(text: str | None):
-    """Numbers as numbers; words in small letters: Hydra writes true as True."""
+    """Numbers as numbers; text in lower case: Hydra writes true as True."""
     return _value(text.lower()) if isinstance(text, str) else text
 
 
@@ -232,7 +232,7 @@ def plot(rows: Sequence[Mapping], keys: Sequence[str], path) -> bool:
 
 
 def _metric_name(rows: Sequence[Mapping]) -> str | None:
-    """The objective, by the name of the metric it is when it is one; without an objective the first metric."""
+    """The metric equal to the objective, else `objective`; without an objective the first metric."""
     skip = {"job", "step", "wall_time_s", "error", "published"}
     names = [name for name in report.columns_of(rows) if name not in skip]
     metrics = [name for name in names if "/" in name and any(isinstance(row.get(name), float) for row in rows)]

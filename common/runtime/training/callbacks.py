@@ -25,8 +25,8 @@ BAR_SECONDS = 0.5  # between two updates of the bar: reading the loss waits for 
 class Throughput(Callback):
     """Logs `perf/<unit>_per_s`, say images, and, when the device's peak is known, `perf/mfu` (model-FLOPs utilisation).
 
-    FLOPs of one optimiser step are counted once, when training starts (`RunContext.count_flops`). Kept out of the
-    exact-restart guarantee: it measures wall-clock time.
+    FLOPs of one optimiser step are counted once, when training starts (`RunContext.count_flops`). A resumed
+    run need not log the same values: they measure wall-clock time.
     """
 
     def __init__(self, *, every_n_steps: int = 50, peak_tflops: float | None = None):
@@ -48,7 +48,7 @@ class Throughput(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
         if self._started is None:
-            self._started = (time.perf_counter(), step)  # the first step pays for warm-up
+            self._started = (time.perf_counter(), step)  # the first step includes the warm-up
             return
         before, from_step = self._started
         if step - from_step < self.every_n_steps:
@@ -89,8 +89,8 @@ class Progress(Callback):
         number("callbacks.progress.every_seconds", every_seconds, above=0)
         self.every_n_steps = every_n_steps
         self.every_seconds = every_seconds
-        self.latest: dict[str, float] = {}  # what an evaluation wants shown beside the loss
-        self._loss: Tensor | None = None  # of the optimiser step under way; Lightning's outputs are parts that add up
+        self.latest: dict[str, float] = {}  # metrics of the last evaluation, shown beside the loss
+        self._loss: Tensor | None = None  # of the current optimiser step; Lightning's outputs are parts that add up
         self._bar: Any = None
         self._task: Any = None
         self._started = self._shown = 0.0  # times of the start and of the last line
@@ -130,7 +130,7 @@ class Progress(Callback):
         part = outputs["loss"] if isinstance(outputs, dict) else outputs
         if part is not None:
             self._loss = part.detach() if self._loss is None else self._loss + part.detach()
-        if step == self._last:  # a micro-batch of a step under way
+        if step == self._last:  # a micro-batch inside a step
             return
         self._last = step
         loss, self._loss = self._loss, None

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, checksummed, renamed; read with `weights_only=True`."""
+"""Checkpoints, written atomically (temporary file, checksum, rename) and read with `weights_only=True`."""
 
 import re
 from itertools import takewhile
@@ -112,8 +112,8 @@ def unusable(folder) -> list[Path]:
 class Checkpoints(Checkpoint):
     """Writes `step-<n>.ckpt` every `every_n_steps` optimiser steps and at the end; keeps the newest `keep`.
 
-    Old files go only after the new one is in place, so a full disk or a kill never costs the last good one. The one
-    just written stays, whatever else lies in the folder.
+    Old files go only after the new one is in place, so a full disk or a kill never loses the last good one. The one
+    just written stays, whatever else is in the folder.
     """
 
     def __init__(self, *, dirpath: str, every_n_steps: int = 1000, keep: int = 2):
@@ -127,7 +127,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step
-        self.last = next(iter(list_checkpoints(self.dirpath)), None)  # the unusable ones were put aside before
+        self.last = next(iter(list_checkpoints(self.dirpath)), None)  # unusable ones were moved aside before
         if trainer.is_global_zero and self.dirpath.is_dir():
             for cut_short in self.dirpath.glob(".tmp-*"):  # of a run that was killed while it wrote
                 cut_short.unlink(missing_ok=True)

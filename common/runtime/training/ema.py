@@ -1,6 +1,6 @@
 """Running averages of the weights during training; any number of them side by side, one chosen at test time.
 
-The decay formulas live in `common.diffusion.ema`; here is only the bookkeeping. Lightning's `WeightAveraging` callback
+The decay formulas live in `common.diffusion.ema`; this module only applies them. Lightning's `WeightAveraging` callback
 keeps one average per run, which is not enough to compare EDM2's power-function lengths after the fact.
 """
 
@@ -19,7 +19,7 @@ class WeightAverages(Callback):
     """Keeps `averages[name]` of the module's parameters, updated once per optimiser step.
 
     profiles  name -> decay object of `common.diffusion.ema` with `.decay(step=, batch_size=, images_seen=) -> float`;
-              null takes an inherited entry away
+              null removes an inherited entry
     every     update every k optimiser steps with the decay of k steps' worth of images
 
     Memory: one copy of the parameters per profile, but for those under the module's `unaveraged` prefixes. Averages of
@@ -85,7 +85,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def averaged(module: torch.nn.Module, tensors: dict[str, Tensor] | None):
     """Run the body with `tensors` (parameter name -> value) in place of the module's own; None changes nothing.
 
-    The storages are exchanged, not copied, and exchanged back afterwards, whatever happens inside.
+    The storages are exchanged, not copied, and exchanged back afterwards, also after an exception.
     """
     if tensors is None:
         yield module

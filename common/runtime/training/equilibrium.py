@@ -38,7 +38,7 @@ class EquilibriumModule(ResearchModule):
     # What a task defines ----------------------------------------------------------------------------------------------
 
     def outputs(self, batch) -> list:
-        """What the network makes of a batch: one output per state in training, one in evaluation."""
+        """The network's outputs for a batch: one per state in training, one in evaluation."""
         raise NotImplementedError(f"{type(self).__name__} needs outputs(batch): a list of the network's outputs.")
 
     def criterion(self, output, batch) -> Tensor:

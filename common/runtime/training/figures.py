@@ -14,7 +14,7 @@ COLOURS = ("#2b5c8a", "#c2571a", "#3c7d4f", "#8a3c6b", "#6b6b6b", "#b08c1e")
 def read_curves(metrics_csv) -> dict[str, tuple[list[int], list[float]]]:
     """metric -> (steps, values) from a metrics.csv with a `step` column, sparse rows and repeated steps allowed.
 
-    A step that stands there twice (a resumed run) counts once, with its last value; cells that are no finite number
+    A step that occurs twice (a resumed run) counts once, with its last value; cells that are no finite number
     are left out.
     """
     curves: dict[str, dict[int, float]] = {}
@@ -52,7 +52,7 @@ def plot_curves(metrics_csv, folder) -> list[Path]:
         "loss": {key: curve for key, curve in curves.items() if "loss" in key.rpartition("/")[2].lower()},
         "fd": {key: curve for key, curve in curves.items() if key.rpartition("/")[2].lower().startswith(("fd", "fid"))},
     }
-    # Lightning logs one value as x, x_step and x_epoch; the plain or per-step one says it all
+    # Lightning logs one value as x, x_step and x_epoch; the plain or per-step one is enough
     loss = chosen["loss"]
     chosen["loss"] = {
         k: c for k, c in loss.items() if not (k.endswith("_epoch") and (k[:-6] in loss or f"{k[:-6]}_step" in loss))
@@ -89,9 +89,9 @@ def plot_lines(lines: Lines, path, *, xlabel: str, ylabel: str) -> None:
 def plot_panels(panels: Mapping[str, Lines], path, *, xlabel: str) -> None:
     """One PNG with an axis per entry, labelled by its key, above each other; a line per entry of an axis.
 
-    An axis is logarithmic when its values are positive and span a lot. `val/x` and `test/x` share a colour: the curve
-    while training, and a diamond for the number at the end. `.../x_floor` is a dashed level, and a line of many points
-    is drawn faint under its running mean. The legend says so.
+    An axis is logarithmic when its values are positive and span more than `LOG_SPAN` decades. `val/x` and `test/x`
+    share a colour: the curve while training, and a diamond for the number at the end. `.../x_floor` is a dashed level,
+    and a line of many points is drawn faint under its running mean; the legend describes them.
     """
     figure, axes = new_figure(rows=len(panels))
     names = list(dict.fromkeys(name.rpartition("/")[2] for lines in panels.values() for name in lines))

@@ -96,7 +96,7 @@ class GenerativeModule(ResearchModule):
             if labels is None and self.net.label_dim:
                 labels = noise.labels(self.net.label_dim)
             elif labels is not None and self.net.label_dim:
-                self._check_labels(labels)  # here: on another device nobody can look without waiting
+                self._check_labels(labels)  # while on the CPU: on another device this would synchronise
                 labels = labels.to(self.device)
             made = sampler(self.denoiser(labels), noise.z, noise.noise)
             return made if self.context.decoder is None else self.context.decoder(made)

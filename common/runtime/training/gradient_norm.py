@@ -1,4 +1,4 @@
-"""How large gradients get: the norm at every optimiser step, and the largest of a run among its results."""
+"""The gradient norm at every optimiser step, and the largest of a run among its results."""
 
 import math
 
@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class GradientNorm(Callback):
     """Logs `train/grad_norm`, the 2-norm of the gradient of all parameters before an optimiser step, before clipping.
 
-    The largest norm of the run is `largest`, kept in checkpoints, and stands in result.json as `train/grad_norm_max`.
+    The largest norm of the run is `largest`, kept in checkpoints, and written to result.json as `train/grad_norm_max`.
     Reads nothing back to the host before a checkpoint or the end. Sharded strategies (FSDP) see their shard's norm.
     """
 
@@ -22,7 +22,7 @@ class GradientNorm(Callback):
         return math.nan if self._largest is None else float(self._largest)
 
     def results(self) -> dict[str, float]:
-        """What the end of a run adds to its metrics."""
+        """The metrics this adds at the end of a run."""
         return {"train/grad_norm_max": self.largest}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer) -> None:

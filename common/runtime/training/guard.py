@@ -1,4 +1,4 @@
-"""Callbacks that stop a run in good order: non-finite numbers, and signals from the user or the scheduler."""
+"""Callbacks that stop a run cleanly: on non-finite numbers, and on signals from the user or the scheduler."""
 
 import signal
 import warnings
@@ -17,7 +17,7 @@ from common.runtime.training.seeding import seed_step
 
 
 class PerStepSeed(Callback):
-    """Re-seeds torch's global generators before every micro-batch, so that implicit draws survive a restart."""
+    """Re-seeds torch's global generators before every micro-batch, so that a resumed run repeats implicit draws."""
 
     def __init__(self, *, seed: int):
         self.seed = seed
@@ -27,7 +27,7 @@ class PerStepSeed(Callback):
 
 
 class NonFiniteStop(UserError):
-    """The loss or a gradient is NaN or infinite; the weights have not been touched by it."""
+    """The loss or a gradient is NaN or infinite; the weights were not updated with it."""
 
     exit_code = 3
 
@@ -39,7 +39,7 @@ class NonFiniteGuard(Callback):
     `callbacks.guard=null` to do without). Under fp16 loss scaling infinite gradients are normal, so only the loss
     is watched there.
 
-    replace  a number instead of null: go on as the training loops of EDM and ECT do. NaN in a gradient becomes 0 and
+    replace  a number instead of null: continue as the training loops of EDM and ECT do. NaN in a gradient becomes 0 and
              +-infinity becomes +-replace (1e5 in EDM and in ECT's branch main, 0 in EDM2 and in ECT's branch imgnet).
              The first such step is warned about
     """
@@ -70,7 +70,7 @@ class NonFiniteGuard(Callback):
             self._warned = True
             warnings.warn(
                 f"Step {trainer.global_step} has a loss or gradient that is not finite; NaN became 0 and infinity "
-                f"{self.replace:g} (callbacks.guard.replace). Later ones are replaced without a word.",
+                f"{self.replace:g} (callbacks.guard.replace). Later ones are replaced without a warning.",
                 stacklevel=2,
             )
 
@@ -87,7 +87,7 @@ class NonFiniteGuard(Callback):
         last = _last_checkpoint(trainer)
         resume = f"Last good checkpoint: {last}" if last else "No checkpoint had been written yet"
         return (
-            f"Stopped at step {trainer.global_step} before the weights were touched: {culprit}. {resume}. "
+            f"Stopped at step {trainer.global_step} before the weights were updated: {culprit}. {resume}. "
             f"Lower the learning rate or run with +debug=nonfinite to find the operation."
         )
 
@@ -106,7 +106,7 @@ class Interrupted(UserError):
 
 
 class StopOnSignal(Callback):
-    """SIGTERM and SIGINT: finish the optimiser step under way, write a checkpoint, leave with 143 or 130.
+    """SIGTERM and SIGINT: finish the current optimiser step, write a checkpoint, exit with 143 or 130.
 
     A second signal of the same kind stops at once, with the default behaviour. In a multi-process run every rank must
     receive the signal (torchrun, submitit and the terminal do that); the ranks agree before they write.
@@ -122,7 +122,7 @@ class StopOnSignal(Callback):
         for signum in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._before[signum] = signal.signal(signum, self._receive)
-            except ValueError:  # not in the main thread (a notebook's worker, joblib threads): leave signals alone
+            except ValueError:  # not in the main thread (a notebook's worker, joblib threads): no handlers
                 return
 
     def _receive(self, signum, frame) -> None:

@@ -26,7 +26,7 @@ class StepNumber(Callback):
 
 
 def log_step(trainer: Trainer) -> None:
-    """Write the row of the optimiser step under way to metrics.csv now, if that step has one.
+    """Write the row of the current optimiser step to metrics.csv now, if that step has one.
 
     Lightning logs after the callbacks; a checkpoint of step n must not be on disk before the row of step n is.
     """
@@ -40,7 +40,7 @@ class MetricsCSV(Logger):
     """Writes `path` with a `step` column (optimiser steps done) and one column per metric; empty where not logged.
 
     Lightning's CSVLogger starts the file anew when a run resumes; here a killed and continued run leaves the same file
-    as an uninterrupted one: rows after the checkpoint are dropped before training goes on.
+    as an uninterrupted one: rows after the checkpoint are dropped before training continues.
     """
 
     def __init__(self, *, path: str):
@@ -81,7 +81,7 @@ class MetricsCSV(Logger):
         step = int(step or 0)
         values = {k: repr(float(v)) for k, v in metrics.items() if k not in ("epoch", "step")}
         if self._rows.get(step, {}).items() >= values.items():
-            return  # nothing given, or all of it there already
+            return  # nothing given, or no new value
         row = self._rows.setdefault(step, {})
         fresh = not row
         row.update(values)

@@ -1,4 +1,4 @@
-"""Memory of this process, and by how much something makes it grow. No torch at import."""
+"""Memory of this process, and its growth during a call. No torch at import."""
 
 import ctypes
 import gc

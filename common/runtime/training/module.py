@@ -1,4 +1,4 @@
-"""The LightningModule every paper starts from: a network, its optimiser recipe, and what the runtime asks of it."""
+"""The LightningModule every paper starts from: a network, its optimiser recipe, and the methods the runtime calls."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,16 +28,16 @@ class ResearchModule(LightningModule):
     net: nn.Module
     reads = ""  # kind of data it needs, the `holds` of a data module; empty: any
     unit = "samples"  # what a batch is made of, in words: `perf/<unit>_per_s`
-    uses_sampler = False  # whether `sample.sampler` means anything to it
+    uses_sampler = False  # whether it uses `sample.sampler`
     unaveraged: tuple[str, ...] = ()  # prefixes of parameters (`net.<...>`) that running averages leave out
-    idle_parameters: tuple[str, ...] = ()  # prefixes of parameters of `raw` that a plain training step leaves alone
+    idle_parameters: tuple[str, ...] = ()  # prefixes of parameters of `raw` that a plain training step does not use
 
     def __init__(self, *, net: nn.Module, optimizer: Callable, schedule: Callable | None = None):
         super().__init__()
         self.net = net
         self.make_optimizer = optimizer
         self.schedule = schedule
-        self.context = RunContext()  # the runtime puts that of the run here
+        self.context = RunContext()  # the runtime sets that of the run
         self._summed_step = -1
         self._sums: dict[str, tuple] = {}  # of the values logged in that optimiser step: name -> (sum, count)
 
@@ -56,7 +56,7 @@ class ResearchModule(LightningModule):
         return max(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1, 0)
 
     def draws(self) -> Draws:
-        """The random numbers of the micro-step under way."""
+        """The random numbers of the current micro-step."""
         if self._trainer is None:
             return Draws(seed=self.context.seed, step=0)
         return Draws(
@@ -99,7 +99,7 @@ class ResearchModule(LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    # What the runtime asks for ----------------------------------------------------------------------------------------
+    # What the runtime calls -------------------------------------------------------------------------------------------
 
     def fake_batch(self, samples: int):
         """A batch in the shapes of the data contract, called inside a FakeTensorMode: it holds no memory."""
@@ -120,9 +120,9 @@ class ResearchModule(LightningModule):
         """Recompute state derived from the weights. Called after they were exchanged (by an average, a checkpoint)."""
 
     def show(self, data, folder: Path, *, samples: int, seed: int) -> list[Path]:
-        """Write pictures or text that show what the network does into `folder`; returns the files, the first one best.
+        """Write pictures or text that show what the network does into `folder`; returns the files, the best one first.
 
-        Called without gradients, in evaluation mode, with the chosen weights. Nothing to show unless a paper says so.
+        Called without gradients, in evaluation mode, with the chosen weights. By default nothing is written.
 
         data     the run's data module
         samples  how many at most;  seed  of whatever is drawn
@@ -136,12 +136,12 @@ class ResearchModule(LightningModule):
     def show_files(self, files: Path | list[Path], data, folder: Path) -> list[Path]:
         """As `show`, on a file, a list of files or a folder of the user's own (`sample.input`).
 
-        Raises UserError unless a paper can.
+        By default raises UserError.
         """
         raise UserError(f"sample.input={files} is given, but {type(self).__name__} reads no files. Set it to null.")
 
     def export_facts(self) -> dict:
-        """Plain data an export needs beside weights and configuration to be used as it was here."""
+        """Plain data an export stores beside weights and configuration, such as scales its sampler needs."""
         return {}
 
     def finalise(self, means: dict) -> dict[str, float]:
@@ -163,7 +163,7 @@ def modes_of(module: nn.Module) -> list[tuple[nn.Module, bool]]:
 
 
 def restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    """Put the flags back through `train`, which some modules listen to."""
+    """Restore the flags by calling `train`, which some modules override."""
     for part, mode in modes:
         if part.training != mode:
             part.train(mode)

@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, step, name), never of history.
+"""Random numbers as a function of (seed, step, name), independent of earlier draws.
 
 A step that draws from here needs no generator state in a checkpoint: step 14 of a resumed run draws what step 14 of
 the uninterrupted run drew. The idea of re-seeding per step follows EDM2 (arXiv 2312.02696, training loop); drawing the

@@ -1,4 +1,4 @@
-"""How the solvers of a network with equilibria fare: logged while it trains, drawn when it is done."""
+"""Solver statistics of a network with equilibrium layers: logged in training, drawn at its end."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,15 +65,14 @@ class SolverHealth(Callback):
     The picture: residual against solver step of the last logged batch (median and range over its samples), how many
     steps the samples of all logged batches took, and nfe and spectral radius over training where they were logged.
 
-    Works for every module whose network holds a `common.deq.layer.DEQ` (several: their batches count together), and is
-    silent for others. Looks at the micro-batch that ends a logged optimiser step and at no other: the only moments at
-    which it reads the device.
+    Works for every module whose network holds a `common.deq.layer.DEQ` (several: their batches count together);
+    logs nothing for others. It reads the device only at the micro-batch that ends a logged optimiser step.
     """
 
     def __init__(self, *, folder: str):
         self.folder = Path(folder)
         self._layers: list[DEQ] = []
-        self._seen: list = []  # Solutions of the training forward under way
+        self._seen: list = []  # Solutions of the current training forward
         self._done = -1
         self.steps: dict[int, int] = {}  # solver steps -> samples
         self.curve: list[list[float]] = []  # per evaluation: [smallest, median, largest] relative residual

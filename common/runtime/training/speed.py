@@ -1,4 +1,4 @@
-"""The words of the `speed` section that change how a network is computed and nothing but rounding of what it gives."""
+"""Settings of the `speed` section: they change how a network is computed, and its outputs by rounding alone."""
 
 import torch
 from omegaconf import DictConfig

@@ -1,4 +1,4 @@
-"""How much a logged number jumps from step to step at the end of a run."""
+"""The spread of a logged number over the last steps of a run."""
 
 import math
 from collections import deque
@@ -35,11 +35,11 @@ class Spread(Callback):
         self._values.append(found[self.metric].detach().clone())
 
     def values(self) -> list[float]:
-        """The numbers themselves, oldest first."""
+        """The recorded numbers, oldest first."""
         return torch.stack(list(self._values)).tolist() if self._values else []
 
     def results(self) -> dict[str, float]:
-        """What the end of a run adds to its metrics; NaN where there are too few numbers."""
+        """The metrics this adds at the end of a run; NaN where there are too few numbers."""
         seen = torch.tensor(self.values(), dtype=torch.float64)
         mean, std = (seen.mean().item(), seen.std().item()) if len(seen) > 1 else (math.nan, math.nan)
         return {f"{self.metric}_mean": mean, f"{self.metric}_std": std}

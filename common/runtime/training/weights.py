@@ -16,7 +16,7 @@ NETWORK = "net."  # a ResearchModule keeps its network under this name
 def find_init(file: str | None, hint: str | None) -> Path | None:
     """The initial-weights file of a configuration, or None when training starts from random weights.
 
-    Raises UserError naming the file, its place and what to do about it when it is missing.
+    Raises UserError naming the file and the fix when it is missing.
     """
     if not file:
         return None
@@ -54,7 +54,7 @@ def initialise(net: nn.Module, path: Path, average: str | None = None) -> LoadRe
     """
     tensors = network_tensors(path, average)
     if any(k.startswith("unet.") for k in tensors) and not hasattr(net, "unet"):
-        # an EDM2 teacher: its network under our name, its uncertainty head left behind
+        # an EDM2 teacher: its network under our name, its uncertainty head dropped
         tensors = {k.replace("unet.", "model.", 1): v for k, v in tensors.items() if not k.startswith("logvar_")}
     if hasattr(net, "prepare_weights"):
         tensors = net.prepare_weights(tensors)  # type: ignore[operator]

@@ -31,20 +31,20 @@ class Assembled:
     folder: Path
     data: Any  # the data module
     module: ResearchModule
-    sampler: Any  # that of the sample section; modules that generate no images leave it alone
+    sampler: Any  # that of the sample section; unused by modules that generate no images
     evaluation: Evaluation | SplitEvaluation | None  # None for verbs that measure nothing
     start: Path | None = None  # checkpoint that training continues from
 
 
 def instantiate(node, **options):
-    """Hydra's instantiate with plain Python containers; a refusal inside a constructor keeps its sentence."""
+    """Hydra's instantiate with plain Python containers; a UserError of a constructor keeps its message."""
     import hydra
 
     return hydra.utils.instantiate(node, _convert_="all", **options)
 
 
 def assemble(cfg: DictConfig, *, training: bool, measuring: bool) -> Assembled:
-    """Build what a verb needs, cheapest refusal first: batch size, data files, then the network."""
+    """Build what a verb needs. The cheapest checks come first: batch size, data files, then the network."""
     plain = cast(dict, OmegaConf.to_container(cfg, resolve=True))
     if str(cfg.trainer.precision) not in PRECISIONS:
         raise UserError(
@@ -118,14 +118,14 @@ def _check_manual(cfg: DictConfig) -> None:
 def build_evaluation(cfg: DictConfig, *, training: bool) -> Evaluation | SplitEvaluation:
     """The evaluation of a configuration.
 
-    A missing extractor file is no reason not to train: the run says so at the start and goes on without metrics
-    (`task=test` measures them later). Every other verb refuses.
+    With an extractor file missing, training prints a note at the start and continues without metrics (`task=test`
+    measures them later). Every other verb raises UserError.
     """
     if not cfg.evaluate.get("extractors"):
         return instantiate(cfg.evaluate)
     without = cfg.evaluate.copy()
     without.extractors = {}
-    nothing_measured = instantiate(without)  # refuses what is wrong with the section itself
+    nothing_measured = instantiate(without)  # raises for errors in the section itself
     try:
         return instantiate(cfg.evaluate)
     except Exception as error:

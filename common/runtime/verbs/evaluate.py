@@ -27,7 +27,7 @@ class Evaluation:
     samples, batch_size  images per sampler, and how many at a time (the images do not depend on it)
     seed                 image i depends on (seed, i) alone
     average              which weights: an entry of ema.profiles, or raw
-    samplers             name -> sampler (`common.diffusion.sample`); null takes an inherited entry away
+    samplers             name -> sampler (`common.diffusion.sample`); null removes an inherited entry
     extractors           name -> feature extractor (`common.metrics.features`); null likewise
     every_n_steps        optimiser steps between two points of the curve, None: only at the end
     curve_samples        images per point of the curve
@@ -106,7 +106,7 @@ class Evaluation:
 
     def run(self, module: ResearchModule, data, *, samples: int | None = None, say=None) -> dict[str, Measurement]:
         """Metric name -> record, with the module's weights as they are."""
-        samples, generator = samples or self.samples, cast(GenerativeModule, module)  # `check` has looked
+        samples, generator = samples or self.samples, cast(GenerativeModule, module)  # `check` has verified the type
         rank, world = _rank()
         batches = index_batches(samples, self.batch_size, "evaluate")[rank::world]
         judge = GeneratorEvaluation(
@@ -193,7 +193,7 @@ class SplitEvaluation:
         """Raises UserError when the module has no metrics of its own, or the data no such split."""
         if not callable(getattr(module, "evaluation_step", None)):
             raise UserError(
-                f"evaluate=split needs {type(module).__name__}.evaluation_step, which it has not. "
+                f"evaluate=split needs {type(module).__name__}.evaluation_step, which it does not have. "
                 f"Choose another evaluate=<choice> of conf/evaluate, or none."
             )
         for field, splits in (("split", self.split), ("curve_split", self.curve_split)):
@@ -221,7 +221,7 @@ class SplitEvaluation:
         return self._measure_all(module, data, self.curve_split, self.curve_samples)
 
     def floor(self, data) -> dict[str, Measurement]:
-        """Nothing: there is no floor to these metrics."""
+        """Empty: these metrics have no floor."""
         return {}
 
     def _measure_all(self, module, data, splits: str | Sequence[str], samples, say=None) -> dict[str, Measurement]:
@@ -307,7 +307,7 @@ class EvaluationCurve(Callback):
 
 
 def log_now(trainer: Trainer, values: dict[str, float]) -> None:
-    """Hand values to every logger at the current optimiser step, whatever `log_every_n_steps` says."""
+    """Hand values to every logger at the current optimiser step, independent of `log_every_n_steps`."""
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
@@ -341,7 +341,7 @@ def _spectral_radius(net, device: torch.device) -> dict[str, tuple]:
 
 
 def _number(value):
-    """A float, or a tensor left on its device in double precision: adding up reads nothing back."""
+    """A float, or a tensor left on its device in double precision: adding up does not synchronise."""
     if not torch.is_tensor(value):
         return float(value)
     value = value.detach().double()

@@ -53,7 +53,7 @@ def build_trainer(run: Assembled) -> tuple[Trainer, WeightAverages]:
 
 
 def build_logger(node: DictConfig, folder: Path, step: int) -> Logger:
-    """A logger of the configuration that goes on with its run when this one does: one id, no step twice."""
+    """A logger of the configuration. When this run continues, so does its log: same id, no step twice."""
     if node._target_ == WANDB and not node.get("id"):
         return instantiate(node, id=run_facts(folder).get("id"), resume="allow")
     if node._target_ == TENSORBOARD and step:
@@ -99,7 +99,7 @@ def fit_task(cfg: DictConfig) -> float | None:
 
 
 def show_finished(run: Assembled, result: dict) -> None:
-    """What there is of a run that has nothing left to do."""
+    """Print the result of a run that has no steps left to train."""
     if is_first_process():
         print(
             f"finished: {run.cfg.run.experiment} has trained {result['step']} of {run.cfg.trainer.max_steps} steps in "
@@ -110,7 +110,7 @@ def show_finished(run: Assembled, result: dict) -> None:
 
 
 def train(run: Assembled, needed: dict, overrides: list[str]) -> float | None:
-    """The training itself in a prepared folder, and its ending; returns the objective."""
+    """Train in a prepared folder, then measure and export (`finish`); returns the objective."""
     cfg, start, started = run.cfg, run.start, time.perf_counter()
     init = find_init(cfg.init.file, cfg.init.hint) if start is None else None
     if init is not None:
@@ -123,7 +123,7 @@ def train(run: Assembled, needed: dict, overrides: list[str]) -> float | None:
         print(f"{action}: {cfg.run.experiment} to step {trainer.max_steps} in {run.folder}")
     try:
         trainer.fit(run.module, datamodule=run.data, ckpt_path=str(start) if start else None, weights_only=True)
-    except SystemExit as leaving:  # Lightning's answer to Ctrl-C outside the steps
+    except SystemExit as leaving:  # how Lightning ends on Ctrl-C outside the steps
         if isinstance(leaving.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from leaving
         raise
@@ -140,7 +140,7 @@ def train(run: Assembled, needed: dict, overrides: list[str]) -> float | None:
 
 
 def precision_error(error: RuntimeError, precision: str) -> UserError | None:
-    """The refusal for torch's complaint that two number formats met, which a network all in one format can raise."""
+    """The UserError for torch's error about mixed dtypes, which a precision of one format for all parts can cause."""
     if precision not in ("bf16-true", "64-true") or not re.search(r"dtype|same type|BFloat16|Double", str(error)):
         return None
     reason = " ".join(str(error).split())[:160]
@@ -176,7 +176,7 @@ def finish(
             logger.log_metrics(values, step=trainer.global_step)
         logger.save()
     objective = next(iter(values.values()), _last_loss(trainer))
-    # what callbacks saw on the way: `results`, name -> number
+    # what callbacks measured in training: `results`, name -> number
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         metrics.update(getattr(callback, "results", dict)())
     pictures = plot_curves(run.folder / "metrics.csv", run.folder / "pictures")
@@ -197,7 +197,7 @@ def finish(
 
 
 def close(loggers: list) -> None:
-    """Flush every logger, and end the wandb run: the next run of a sweep may live in this same process."""
+    """Flush every logger, and end the wandb run: the next run of a sweep may run in this same process."""
     for logger in loggers:
         logger.finalize("success")
         end = getattr(logger.experiment, "finish", None)

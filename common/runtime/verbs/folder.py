@@ -1,4 +1,4 @@
-"""The folder of a run: which run it holds, where training continues, what is put aside."""
+"""The folder of a run: which run it holds, where training continues, what is moved aside."""
 
 import secrets
 import shutil
@@ -108,10 +108,10 @@ def finished_result(run: Assembled) -> dict | None:
 
 
 def prepare(run: Assembled, overrides: list[str]) -> None:
-    """Make the folder that of this run: other files are put aside, its settings and facts written.
+    """Prepare the folder for this run: files of other runs are moved aside, its settings and facts written.
 
     A run that starts over puts the whole earlier run aside. One that continues from an older checkpoint puts the
-    checkpoints and pictures of later steps aside: the newest ones are then always those of the run that went on.
+    checkpoints and pictures of later steps aside: the newest ones are then always those of the continued run.
     """
     if not is_first_process():
         return
@@ -124,9 +124,9 @@ def prepare(run: Assembled, overrides: list[str]) -> None:
         step = stored_step(run.start)
         later = [path for path in list_checkpoints(folder / "checkpoints") if step_of(path) > step]
         pictures = [path for path in (folder / "pictures").glob("step-*") if step_of(path) > step]
-        if set_aside(folder, later, f"Going on from step {step}: later checkpoints are kept in"):
+        if set_aside(folder, later, f"Continuing from step {step}: later checkpoints are kept in"):
             set_aside(folder, pictures, "Later pictures are kept in")
-            facts.pop("id", None)  # services cannot take steps back: what follows is another run to them
+            facts.pop("id", None)  # services cannot delete steps: they record what follows as another run
     facts.setdefault("id", secrets.token_hex(6))
     facts["data"] = facts.get("data") or data_fingerprint(run)
     write_json(folder / "run.json", facts)

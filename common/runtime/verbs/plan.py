@@ -99,7 +99,7 @@ class _NoModules:
 
 
 def flop_counter() -> FlopCounterMode:
-    """A counter that also knows the fused attention of CPUs, where fake tensors live; torch 2.14 counts 0 for it."""
+    """A counter that includes the fused attention of CPUs, the device of fake tensors; torch 2.14 counts 0 for it."""
 
     def forward(q, k, v, *others, **named):
         return sdpa_flop_count(q, k, v)

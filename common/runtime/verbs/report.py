@@ -1,6 +1,6 @@
 """What a run leaves behind for readers: result.json, tables, and the environment they came from.
 
-Light on purpose: no torch at import, so that sweeps and tools can use it.
+Imports no torch, so that sweeps and tools load it quickly.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""`task=sample`: a grid, one PNG per image and an npz; of other networks, whatever their module shows."""
+"""`task=sample`: a grid, one PNG per image and an npz; of other networks, what their module's `show` writes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +86,7 @@ def make_images(run: Assembled, batches: list[torch.Tensor], source: dict) -> No
     from rich.progress import track
 
     cfg, module = run.cfg, cast(GenerativeModule, run.module)
-    variant = getattr(run.sampler, "variant", "")  # what else sets its images apart from those of the same class
+    variant = getattr(run.sampler, "variant", "")  # distinguishes samplers of the same class
     name = "-".join([type(run.sampler).__name__.lower(), f"nfe{run.sampler.nfe}", *filter(None, [variant]),
                      f"seed{cfg.sample.seed}"])  # fmt: skip
     folder = run.folder / "samples" / name

@@ -84,7 +84,7 @@ def test_both_losses_are_flow_matching_where_r_is_t():
     assert found["noise/imf_gradient_std"] > 0
 
 
-def test_silent_where_the_network_is_told_the_guidance():
+def test_nothing_is_drawn_where_the_network_is_conditioned_on_the_guidance():
     callback = LossNoise(losses=LOSSES)
     callback.on_fit_end(None, SimpleNamespace(omega=object()))
     assert callback.results() == {}

@@ -11,7 +11,7 @@ from common.runtime.cli.check import check
 from common.runtime.verbs.assemble import instantiate
 from common.targets import resolve
 
-# name: (crop, batch, {training set: (weight, min_scale, max_scale, flip)}, evaluation sets); sheet and released code
+# name: (crop, batch, {training set: (weight, min_scale, max_scale, flip)}, evaluation sets); paper and released code
 PUBLISHED = {
     "flying_chairs": ([368, 496], 12, {"chairs": (1, -0.1, 1.0, True)}, ["chairs"]),
     "flying_things": (

@@ -106,11 +106,11 @@ def test_task_test_prints_ours_beside_the_published(trained, composed, tmp_path,
     checkpoint = list_checkpoints(trained / "checkpoints")[0]
     entries = (
         "published=[{metric: test/fd_pixels_heun, value: 3.25, source: table 9},"
-        "{metric: test/fid, value: 1.5, source: sheet}]"
+        "{metric: test/fid, value: 1.5, source: page 2}]"
     )
     value = test.test_task(composed(tmp_path / "run", *MEASURED, "task=test", f"resume={checkpoint}", entries))
     out = " ".join(capsys.readouterr().out.split())
-    for word in ("test/fd_pixels_heun", "3.25", "table 9", "test/fid", "not measured", "1.5", "sheet", "ema, step 12"):
+    for word in ("test/fd_pixels_heun", "3.25", "table 9", "test/fid", "not measured", "1.5", "page 2", "ema, step 12"):
         assert word in out, word
     from common.files import read_json
 
@@ -252,7 +252,7 @@ def test_a_split_evaluation_that_cannot_be(word, message, split):
 
 
 def test_the_wrong_evaluation_for_a_module_is_refused_before_training(composed, toy, toy_config, tmp_path):
-    with pytest.raises(UserError, match=r"evaluate=split needs Edm.evaluation_step, which it has not"):
+    with pytest.raises(UserError, match=r"evaluate=split needs Edm.evaluation_step, which it does not have"):
         images = composed(tmp_path / "run")
         assemble(toy_config(tmp_path / "run", project=images.project, data=images.data), training=True, measuring=True)
     generator = composed(tmp_path / "run", *MEASURED).evaluate

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.runtime.cli.places import expanded, remove_empty, run_dir, sweep_dir
+from common.runtime.cli.paths import expanded, remove_empty, run_dir, sweep_dir
 
 
 def test_the_folder_of_a_run(monkeypatch):
@@ -20,7 +20,7 @@ def test_the_folder_of_a_run(monkeypatch):
     (None, "seed0", "paths.outputs is empty"), ("out", "../../x", r"run.name=../../x leads out of paths.outputs"),
     ("out", "/x", "leads out"), ("out", "", "leads out"), ("out", "a/../../../x", "leads out"),
 ])  # fmt: skip
-def test_places_outside_the_outputs_are_refused(outputs, name, words):
+def test_folders_outside_the_outputs_are_refused(outputs, name, words):
     with pytest.raises(UserError, match=words):
         run_dir(outputs, "edm_tiny", name)
 

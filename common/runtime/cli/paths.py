@@ -1,4 +1,4 @@
-"""Where a run and a sweep lie. Checked while the configuration is composed: Hydra makes the folder right after."""
+"""The folders of runs and sweeps. Checked while the configuration is composed: Hydra makes the folder right after."""
 
 import hashlib
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from common.errors import UserError
 from common.runtime.cli.identity import identifies, override_key
 
-# Overrides that do not make another sweep: the same command with one of them goes on in the same folder.
+# Overrides that do not make another sweep: the same command with one of them continues in the same folder.
 SAME_SWEEP = ("task", "resume", "run", "paths", "hydra", "logger", "callbacks", "speed.threads", "data.num_workers")
 
 
