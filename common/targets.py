@@ -157,7 +157,7 @@ def resolve(target: str, allowed: Sequence[str] = CONFIGURATION) -> Any:
     """The class or function at a dotted path. Imports nothing outside `allowed`, a list of beginnings of paths.
 
     Ours: a class, under the module that defines it, or one of `FUNCTIONS`. Of libraries: the classes of `FAMILIES` and
-    `CLASSES`. What a module merely imported is refused.
+    `CLASSES`. Names that a module only imported are not allowed.
     Raises UserError for a path that is not allowed or does not exist, with the nearest name.
     """
     if not isinstance(target, str) or not target:

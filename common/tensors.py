@@ -61,3 +61,14 @@ def select_rows(tree, rows: Tensor, count: int | None = None):
 def detach(tree):
     """Every tensor of a structure as a constant, without the graph that made it; the rest as it is."""
     return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Mean of `value` over the processes of a distributed run; `value` itself outside one.
+
+    Every process must call it, with equal shapes. The storage of `value` is overwritten.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    torch.distributed.all_reduce(value)
+    return value / torch.distributed.get_world_size()

@@ -12,12 +12,12 @@ projects/<slug>/results.json. A relation that fails is recorded as failed.
                      # shown as "<says>: <name> 8.3, <against> 33"
     runs:            # name -> {experiment, overrides: [key=value, ...], needs: [earlier run names]}, or
                      # {benchmark, options: [...]}: `python -m tools.bench <benchmark> <options>`, once per seed;
-                     # "{teacher}" in an override stands for the folder of run `teacher` with the same seed;
+                     # "{teacher}" in an override is replaced by the folder of run `teacher` with the same seed;
                      # task=test among the overrides measures given weights instead of training
     measures:        # name -> {run, metric: key of its result.json or of the benchmark's metrics, says: words for the
                      # table}
     relations:       # [{left, op: ">=" "<=" ">" "<", factor, right, says}]: left op factor * right,
-                     # asked of every seed and of the means
+                     # tested on every seed and on the means
 """
 
 import argparse

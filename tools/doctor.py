@@ -54,7 +54,7 @@ PACKAGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the table. needed: `make demo` (or the question asked) depends on it."""
+    """One line of the table. needed: `make demo`, or the data set asked for, depends on it."""
 
     group: str
     name: str

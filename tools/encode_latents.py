@@ -101,7 +101,7 @@ def encode(pictures, encoder, shards: list[int], options: argparse.Namespace) ->
     """(shard, moments (n, V, 2c, h, w), label (n,), names skipped) one after the other.
 
     Pictures are read, cut and resized by the workers, ahead of the encoder. Batches never cross a shard's end, so a
-    shard is the same whatever was encoded before it.
+    shard does not depend on what was encoded before it.
     """
     import numpy as np
     import torch

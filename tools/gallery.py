@@ -138,7 +138,7 @@ def curve(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], width: 
 
 
 def relations(root: Path, slug: str, record: Mapping) -> str:
-    """The claim and a row per relation: verdict, what is asked, ratio of means, seeds."""
+    """The claim and a row per relation: verdict, relation, ratio of means, seeds."""
     words = zoo.claim_words(root, slug)
     rows = []
     for relation in record["relations"]:

@@ -8,7 +8,7 @@ from common import limits
 from common.deq.structure import without_autocast
 from common.errors import UserError
 from common.ham.decompose import NMF, Decomposition
-from common.tensors import is_channels_last
+from common.tensors import is_channels_last, mean_over_processes
 
 BASES = ("random", "online", "learned")
 
@@ -127,10 +127,7 @@ class Ham(nn.Module):
             raise UserError(f"update_bases needs online bases, this Ham's are {self.kind}. Set ham.bases=online.")
         if self.last_bases is None:
             return
-        mean, self.last_bases = self.last_bases, None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(mean)
-            mean = mean / torch.distributed.get_world_size()
+        mean, self.last_bases = mean_over_processes(self.last_bases), None
         self.bases.copy_(F.normalize(self.bases.lerp(mean.to(self.bases), self.eta), dim=1))
 
     def extra_repr(self) -> str:

@@ -156,6 +156,30 @@ class _Supervised(DEQBase):
             options = {"max_iter": self.b_max_iter, "tol": self.b_tol, "stop_mode": self.b_stop_mode}
             self.produce_grad[-1] = backward_factory("ift", hook_ift, self.b_solver, options)
 
+    def forward(
+        self,
+        func: Callable,
+        z_init: State,
+        solver_kwargs: dict | None = None,
+        sradius_mode: bool = False,
+        backward_writer: Callable[[dict], None] | None = None,
+        **kwargs,
+    ) -> tuple[list[State], dict]:
+        """(states, info); see `get_deq`."""
+        warn_unknown(kwargs, CALL, "the call of the layer", alike=True)
+        deq_func, z = deq_decorator(func, z_init)
+        given = dict(solver_kwargs or {})
+        if not self.training:
+            steps = given.get("f_max_iter", self.eval_f_max_iter)
+            z, *_, info = self._solve_fixed_point(deq_func, z, f_max_iter=steps, solver_kwargs=given)
+            return self._evaluate(deq_func, z, info, sradius_mode)
+        z_out, info = self._train(deq_func, z, given, backward_writer)
+        return [deq_func.vec2list(z) for z in z_out], info
+
+    def _train(self, deq_func: Map, z: Tensor, given: dict, writer: Callable | None) -> tuple[list[Tensor], dict]:
+        """(states with gradient, info) of one training call with the solver options `given`."""
+        raise NotImplementedError("Write _train in the class derived from _Supervised.")
+
     def _positions(self, f_max_iter: int) -> list[int]:
         """Steps of the states listed by `indexing`, then the end; those beyond a smaller budget fall on its end."""
         return [*(min(step, f_max_iter) for step in sorted(self.arg_indexing)), f_max_iter]
@@ -174,7 +198,7 @@ class _Supervised(DEQBase):
 class DEQIndexing(_Supervised):
     """One solve; the states at `indexing` and the last one get gradient branches. f_max_iter evaluations.
 
-    As many states as asked for, whenever the solve stopped; the last is the solution and has the last rule (torchdeq
+    As many states as requested, at any stopping step; the last is the solution and has the last rule (torchdeq
     drops states, and the ift rule with them, after an early stop). Evaluation: the solution alone.
     """
 
@@ -188,23 +212,7 @@ class DEQIndexing(_Supervised):
             deq_func, z_init, f_max_iter, solver_kwargs, indexing=indexing if self.training else None
         )
 
-    def forward(
-        self,
-        func: Callable,
-        z_init: State,
-        solver_kwargs: dict | None = None,
-        sradius_mode: bool = False,
-        backward_writer: Callable[[dict], None] | None = None,
-        **kwargs,
-    ) -> tuple[list[State], dict]:
-        """(states, info); see `get_deq`."""
-        warn_unknown(kwargs, CALL, "the call of the layer", alike=True)
-        deq_func, z = deq_decorator(func, z_init)
-        given = dict(solver_kwargs or {})
-        if not self.training:
-            steps = given.get("f_max_iter", self.eval_f_max_iter)
-            z, _, info = self._solve_fixed_point(deq_func, z, f_max_iter=steps, solver_kwargs=given)
-            return self._evaluate(deq_func, z, info, sradius_mode)
+    def _train(self, deq_func: Map, z: Tensor, given: dict, writer: Callable | None) -> tuple[list[Tensor], dict]:
         steps, indexing = self._steps(given)
         z, trajectory, info = self._solve_fixed_point(
             deq_func, z, f_max_iter=steps, indexing=indexing, solver_kwargs=given
@@ -213,8 +221,8 @@ class DEQIndexing(_Supervised):
         states = [*trajectory[: len(indexing) - 1], *[z] * (len(indexing) - 1 - len(trajectory)), z]
         z_out = []
         for state, produce_grad in zip(states, self.produce_grad, strict=True):
-            z_out += produce_grad(self, deq_func, deq_func.detach(state), writer=backward_writer)
-        return [deq_func.vec2list(z) for z in z_out], info
+            z_out += produce_grad(self, deq_func, deq_func.detach(state), writer=writer)
+        return z_out, info
 
 
 class DEQSliced(_Supervised):
@@ -237,30 +245,14 @@ class DEQSliced(_Supervised):
         z, _, info = self._call_solver(deq_func, z_init, f_max_iter, solver_kwargs)
         return z, info
 
-    def forward(
-        self,
-        func: Callable,
-        z_init: State,
-        solver_kwargs: dict | None = None,
-        sradius_mode: bool = False,
-        backward_writer: Callable[[dict], None] | None = None,
-        **kwargs,
-    ) -> tuple[list[State], dict]:
-        """(states, info); see `get_deq`."""
-        warn_unknown(kwargs, CALL, "the call of the layer", alike=True)
-        deq_func, z = deq_decorator(func, z_init)
-        given = dict(solver_kwargs or {})
-        if not self.training:
-            steps = given.get("f_max_iter", self.eval_f_max_iter)
-            z, info = self._solve_fixed_point(deq_func, z, f_max_iter=steps, solver_kwargs=given)
-            return self._evaluate(deq_func, z, info, sradius_mode)
+    def _train(self, deq_func: Map, z: Tensor, given: dict, writer: Callable | None) -> tuple[list[Tensor], dict]:
         z_out, infos = [], []
         for steps, produce_grad in zip(self._steps(given)[1], self.produce_grad, strict=True):
             z, info = self._solve_fixed_point(deq_func, z, f_max_iter=steps, solver_kwargs=given)
             infos.append(info)
-            z_out += produce_grad(self, deq_func, deq_func.detach(z), writer=backward_writer)
+            z_out += produce_grad(self, deq_func, deq_func.detach(z), writer=writer)
             z = z_out[-1]
-        return [deq_func.vec2list(z) for z in z_out], self._joined(infos)
+        return z_out, self._joined(infos)
 
     def _joined(self, infos: list[dict]) -> dict:
         """One info of all slices; that of the last one when a registered solver filled it, in its own way."""

@@ -162,7 +162,7 @@ def apply_norm(
     norm_kwargs        the same names, which come before args; or learn_scale, clip, clip_value, target_norm,
                        n_power_iterations, which as in torchdeq come after args (torchdeq takes only these)
 
-    A module without such layers is left as it is. Raises UserError for unknown names, with the nearest.
+    A module without such layers is unchanged. Raises UserError for unknown names, with the nearest.
     """
     config = DEQConfig(args)
     config.update(**norm_kwargs)

@@ -223,7 +223,7 @@ def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flat = torch.empty(0, dtype=storage.value.dtype).set_(storage.value)
-    # torch would silently enlarge a storage that is too small and show whatever memory lies behind it
+    # torch would silently enlarge a storage that is too small and expose the memory behind it
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     if math.prod(size) and last >= flat.numel():
         raise UserError(f"a tensor of size {tuple(size)} reaches past its {flat.numel()} stored numbers.")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import limits
+from common.tensors import mean_over_processes
 
 NORMS = ("bn", "gn", "none")
 
@@ -142,10 +143,7 @@ class EMAttention(nn.Module):
         """Move the stored bases towards those of the last training call, over all processes; for after a step."""
         if self.last_bases is None:
             return
-        mean, self.last_bases = self.last_bases, None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(mean)
-            mean = mean / torch.distributed.get_world_size()
+        mean, self.last_bases = mean_over_processes(self.last_bases), None
         self.bases.lerp_(mean.to(self.bases), 1 - self.momentum)
 
 

@@ -10,6 +10,7 @@ from common.tensors import (
     is_channels_last,
     known_to_host,
     like_layout,
+    mean_over_processes,
     only_shapes,
     select_rows,
 )
@@ -96,3 +97,13 @@ def test_detached_structures_are_constants():
     found = detach({"a": (x * 2, None), "b": "word"})
     assert not found["a"][0].requires_grad and torch.equal(found["a"][0], torch.full((2,), 2.0))
     assert found["a"][1] is None and found["b"] == "word"
+
+
+def test_mean_over_processes(monkeypatch):
+    value = torch.tensor([2.0, 4.0])
+    assert mean_over_processes(value) is value
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    others = torch.tensor([1.0, 8.0])  # sum of two other processes
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda own: own.add_(others))
+    assert mean_over_processes(value).tolist() == [1.0, 4.0]

@@ -22,7 +22,7 @@ an absolute ridge of 1e-4, the Gram matrix from scratch at each step, the oldest
 rank-one terms; all three stop when the worst sample of the batch has converged).
   random .95       z -> A z + b, D 256, B 8, Gaussian A of spectral radius .95, relative residual 1e-5
   symmetric .99    the same, symmetric A of spectral radius .99, relative residual 1e-4
-  overhead         tanh layer, D 512, B 32, 40 steps whatever happens: milliseconds per step beyond those of the map
+  overhead         tanh layer, D 512, B 32, always 40 steps: milliseconds per step beyond those of the map
   tanh             tanh(W z + x), D 512, B 32, W of norm 1.5, relative residual 1e-5: time and error
   spread           64 linear maps of radius .5 to .955 in one batch (the slowest needs 15 times the steps of the
                    fastest), relative residual 1e-5, with and without taking finished samples out of the batch

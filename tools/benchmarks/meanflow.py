@@ -24,7 +24,7 @@ One training step (loss, backward, Adam) with random images, the same weights an
   ours, all rows   the same with skip_equal=false
 A case is a network and the share of samples with r < t: unet is the CIFAR-10 U-Net of MeanFlow (55.93 million
 parameters, dropout 0.2), dit is DiT-S/4 (33.14 million) on 32x32 latents of four channels, mlp the network of
-meanflow_tiny with its batch of 128 whatever --batch says."""
+meanflow_tiny with its batch of 128 independent of --batch."""
 
 FLOW, USUAL, OURS, ALL = "flow matching", "full-batch jvp", "ours", "ours, all rows"
 NETS = ("unet", "dit", "mlp")

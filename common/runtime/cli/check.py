@@ -374,7 +374,7 @@ def _object(node: dict, hint, origin) -> str | None:
     try:
         target = resolve(node["_target_"])
     except UserError:
-        return None  # reported where the walk meets the node itself
+        return None  # reported when the node itself is checked
     callable_wanted = _is_callable(hint, origin)
     if node.get("_partial_") is True:
         if callable_wanted or getattr(hint, "__name__", "") == "partial" or getattr(hint, "_is_protocol", False):

@@ -82,7 +82,7 @@ def use_checked_loader() -> None:
 
 def check_hydra(config: DictConfig) -> None:
     """Raises UserError, one line per problem, when the `hydra` section of a composed configuration names what is in no
-    list of this module. References (`${...}`) in the checked sections are replaced by what they stand for now.
+    list of this module. References (`${...}`) in the checked sections are replaced by their present values.
     """
     hydra = config.get("hydra")
     if hydra is None:

@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parents[3]
 def override(key: str, value) -> str:
     """`key='value'` in Hydra's override grammar, for paths with any characters.
 
-    A backslash stands for itself there unless a quote follows it.
+    There a backslash is literal unless a quote follows it.
     """
     text = re.sub(r"(\\*)'", r"\1\1\\'", str(value))
     text = re.sub(r"(\\+)$", r"\1\1", text)

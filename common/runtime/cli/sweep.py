@@ -165,7 +165,7 @@ def table_rows(jobs: Sequence[Mapping], published: Mapping[str, float] | None = 
 
 
 def summarise(folder, jobs: Sequence[Mapping], published: Mapping[str, float] | None = None) -> list[Path]:
-    """Writes and prints the table of a sweep; returns the paths. No plot when no job brought a number."""
+    """Writes and prints the table of a sweep; returns the paths. No plot when no job has a number."""
     rows = table_rows(jobs, published)
     written = report.write_table(folder, "table", rows)
     if plot(rows, swept_keys(jobs), Path(folder) / "table.png"):
@@ -201,7 +201,7 @@ def _shown(rows: Sequence[Mapping]) -> list[dict]:
 
 
 def plot(rows: Sequence[Mapping], keys: Sequence[str], path) -> bool:
-    """The metric that matters against the swept value: a line when it is a number, bars when it is a word.
+    """The metric of `_metric_name` against the swept value: a line for numbers, bars for words.
 
     With several swept keys the one with the most values (numbers first, a seed last) is the axis, the others are the
     legend; repeats of a point (seeds) are drawn and joined by their mean. Returns whether there was anything to draw.

@@ -33,7 +33,7 @@ class Throughput(Callback):
         self.every_n_steps = every_n_steps
         self.peak_tflops = peak_tflops
         self.flops_per_step: float | None = None  # of the joint batch; None while unknown
-        self.images_per_s = float("nan")  # or whatever the module counts
+        self.images_per_s = float("nan")  # or other units that the module counts
         self._started: tuple[float, int] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:

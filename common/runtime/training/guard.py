@@ -98,7 +98,7 @@ def _last_checkpoint(trainer: Trainer) -> Path | None:
 
 
 class Interrupted(UserError):
-    """The run was asked to stop and did, after writing a checkpoint. Exit code 128 + signal number."""
+    """A signal stopped the run after it wrote a checkpoint. Exit code 128 + signal number."""
 
     def __init__(self, message: str, signum: int = signal.SIGTERM):
         super().__init__(message)

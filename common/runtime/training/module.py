@@ -69,7 +69,7 @@ class ResearchModule(LightningModule):
     def log(self, name: str, value, **options) -> None:  # type: ignore[override]
         """Lightning's `log`, tensors averaged over the processes; nothing outside a trainer (planning, notebooks).
 
-        What `training_step` logs is the mean over the micro-batches of the optimiser step under way.
+        What `training_step` logs is the mean over the micro-batches of the current optimiser step.
         """
         if self._trainer is not None:
             if self._current_fx_name == "training_step" and self.trainer.accumulate_grad_batches > 1:
@@ -125,7 +125,7 @@ class ResearchModule(LightningModule):
         Called without gradients, in evaluation mode, with the chosen weights. By default nothing is written.
 
         data     the run's data module
-        samples  how many at most;  seed  of whatever is drawn
+        samples  how many at most;  seed  of random draws
         """
         return []
 

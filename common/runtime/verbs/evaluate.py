@@ -28,7 +28,7 @@ class Evaluation:
     seed                 image i depends on (seed, i) alone
     average              which weights: an entry of ema.profiles, or raw
     samplers             name -> sampler (`common.diffusion.sample`); null removes an inherited entry
-    extractors           name -> feature extractor (`common.metrics.features`); null likewise
+    extractors           name -> feature extractor (`common.metrics.features`); null removes one
     every_n_steps        optimiser steps between two points of the curve, None: only at the end
     curve_samples        images per point of the curve
     at_start             the curve begins with the initial weights

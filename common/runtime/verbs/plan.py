@@ -179,7 +179,7 @@ def make_plan(cfg: DictConfig) -> Plan:
 
 
 def plan_task(cfg: DictConfig) -> float:
-    """Print the plan as a table; refuse when the parameter count differs from the published one."""
+    """Print the plan as a table; raise UserError when the parameter count differs from the published one."""
     from rich.console import Console
     from rich.table import Table
 
