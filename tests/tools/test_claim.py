@@ -34,7 +34,7 @@ DECLARED = {
 
 
 class Runs:
-    """Stands for `python -m projects.run`: writes the result a run with these arguments has."""
+    """In place of `python -m projects.run`: writes the result a run with these arguments has."""
 
     def __init__(self, values=None):
         self.calls: list[list[str]] = []
@@ -151,6 +151,11 @@ def test_a_run_that_fails_stops_the_claim_and_records_nothing(root):
     with pytest.raises(UserError, match="Run 'teacher' of seed 1 ended with exit code 3"):
         once(root, runs)
     assert len(runs.calls) == 1 and not (root / "projects/ect/results.json").exists()
+
+
+def test_a_run_without_a_result_names_the_missing_file(root):
+    with pytest.raises(UserError, match=r"Run 'teacher' of seed 1 left no result\.json"):
+        once(root, lambda arguments, module: 0)
 
 
 def test_prose_and_claims_do_not_change_the_code_hash(root):
