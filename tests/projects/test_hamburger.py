@@ -60,20 +60,6 @@ def test_matrices_depend_on_seed_split_and_number():
     assert data.fingerprint("test") != LowRankMatrices(**{**SMALL, "rank": 2}).fingerprint("test")
 
 
-@pytest.mark.parametrize(
-    "option, message",
-    [
-        ({"rank": 17}, "data.rank must be between 1 and the smaller side of 16 x 40, got 17"),
-        ({"noise": -1.0}, "data.noise must be >= 0"),
-        ({"test_count": 0}, "data.test_count must be >= 1"),
-        ({"batch_size": 0}, "data.batch_size must be a whole number >= 1"),
-    ],
-)
-def test_matrices_out_of_range(option, message):
-    with pytest.raises(UserError, match=message):
-        LowRankMatrices(**{**SMALL, **option})
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Recovery
 
@@ -122,9 +108,23 @@ def test_a_training_step_reaches_both_scalars(gradient):
     assert shapes == {name: tuple(t.shape) for name, t in batch.items()}
 
 
-def test_rank_is_checked():
-    with pytest.raises(UserError, match=r"project\.rank must be >= 1, got 0"):
-        recovery(rank=0)
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: LowRankMatrices(**SMALL | {"rank": 17}),
+            "data.rank must be between 1 and the smaller side of 16 x 40, got 17",
+        ),
+        (lambda: LowRankMatrices(**SMALL | {"noise": -1.0}), "data.noise must be >= 0"),
+        (lambda: LowRankMatrices(**SMALL | {"test_count": 0}), "data.test_count must be >= 1"),
+        (lambda: LowRankMatrices(**SMALL | {"batch_size": 0}), "data.batch_size must be a whole number >= 1"),
+        (lambda: recovery(rank=0), r"project\.rank must be >= 1, got 0"),
+        (lambda: PlainBackbone(width=0), r"backbone\.width must be >= 1"),
+    ],
+)
+def test_settings_out_of_range(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,8 +151,6 @@ def test_five_convolutions_with_the_context_at_half_the_size():
     assert net(torch.randn(2, 3, 32, 32)).shape == (2, 4, 32, 32)
     assert seen == [(2, 8, 16, 16)]
     assert sum(isinstance(part, torch.nn.Conv2d) for part in net.modules()) == 5
-    with pytest.raises(UserError, match=r"backbone\.width must be >= 1"):
-        PlainBackbone(width=0)
 
 
 def test_the_claim_is_declared_well():

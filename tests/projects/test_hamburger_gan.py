@@ -222,22 +222,17 @@ def test_unconditional(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override, message",
+    "overrides, message",
     [
-        ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches=1"),
-        ("trainer.gradient_clip_val=1.0", "trainer.gradient_clip_val=null"),
-        ("project.d_optimizer.lr=-1.0", "project.d_optimizer cannot be built"),
+        (["trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=1"),
+        (["trainer.gradient_clip_val=1.0"], "trainer.gradient_clip_val=null"),
+        (["project.d_optimizer.lr=-1.0"], "project.d_optimizer cannot be built"),
+        (["trainer=ddp", "trainer.accelerator=cpu"], "find_unused_parameters=true"),
     ],
 )
-def test_refusals(small, tmp_path, override, message):
+def test_refusals(small, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
-        fit.fit_task(small(tmp_path / "run", override))
-
-
-def test_two_processes_need_the_search_for_unused_parameters(small, tmp_path):
-    cfg = small(tmp_path / "run", "trainer=ddp", "trainer.accelerator=cpu")
-    with pytest.raises(UserError, match=r"find_unused_parameters=true"):
-        fit.fit_task(cfg)
+        fit.fit_task(small(tmp_path / "run", *overrides))
 
 
 def test_plan_counts_both_players(small, tmp_path):

@@ -349,25 +349,24 @@ def test_official_sizes():
 
 
 @pytest.mark.parametrize(
-    "kind, options, sentence",
+    "make, sentence",
     [
-        (IgnnNode, {"kappa": 1.0}, r"project\.net\.kappa must be > 0 and < 1, got 1\.0"),
-        (IgnnNode, {"norm": "spectrel"}, r"project\.net\.norm must be one of .*Closest: spectral"),
-        (IgnnNode, {"start": "ones"}, r"project\.net\.start must be one of input, zeros"),
-        (IgnnNode, {"projection": "hard"}, r"project\.net\.projection must be one of"),
-        (IgnnSkip, {"projection": "parameter"}, r"Set project\.net\.projection=straight"),
-        (IgnnSkip, {"hidden": 0}, r"project\.net\.hidden must be a whole number >= 1"),
-        (IgnnGraph, {"depth": 0}, r"project\.net\.depth must be a whole number >= 1"),
+        (lambda: IgnnNode(4, 3, exact_deq(), kappa=1.0), r"project\.net\.kappa must be > 0 and < 1, got 1\.0"),
+        (lambda: IgnnNode(4, 3, exact_deq(), norm="wieght"), r"project\.net\.norm must be one of .*Closest: weight"),
+        (lambda: IgnnNode(4, 3, exact_deq(), start="ones"), r"project\.net\.start must be one of input, zeros"),
+        (lambda: IgnnNode(4, 3, exact_deq(), projection="hard"), r"project\.net\.projection must be one of"),
+        (lambda: IgnnSkip(4, 3, exact_deq(), projection="parameter"), r"Set project\.net\.projection=straight"),
+        (lambda: IgnnSkip(4, 3, exact_deq(), hidden=0), r"project\.net\.hidden must be a whole number >= 1"),
+        (lambda: IgnnGraph(4, 3, exact_deq(), depth=0), r"project\.net\.depth must be a whole number >= 1"),
+        (
+            lambda: node_net()(torch.zeros(9, 7).double(), *inputs(links())[1:]),
+            r"project\.net\.in_features is 4, but the data has 7 .*in_features=7",
+        ),
     ],
 )
-def test_refusals(kind, options, sentence):
+def test_refusals(make, sentence):
     with pytest.raises(UserError, match=sentence):
-        kind(4, 3, exact_deq(), **options)
-
-
-def test_wrong_number_of_features_is_named():
-    with pytest.raises(UserError, match=r"project\.net\.in_features is 4, but the data has 7 .*in_features=7"):
-        node_net()(torch.zeros(9, 7).double(), *inputs(links())[1:])
+        make()
 
 
 @pytest.mark.parametrize(("clip", "gain"), [(1.0, 1.0), (None, None)])

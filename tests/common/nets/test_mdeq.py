@@ -198,13 +198,9 @@ def test_runs_on_fake_tensors_and_in_channels_last():
         (dict(img_resolution=18), r"img_resolution must be a multiple of 4 \(3 scales, downsample=0\), got 18"),
         (dict(final_channels=0), "final_channels must be a whole number >= 1, got 0"),
         (dict(channels=(8, 0, 8)), r"channels\[1\] must be a whole number >= 1"),
+        ({}, r"takes images of shape \(batch, 3, 16, 16\), got \(2, 3, 32, 32\)"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(change, message):
     with pytest.raises(UserError, match=message):
-        MDEQ(deq=Plain(), **TINY | change)
-
-
-def test_images_that_do_not_fit_are_named():
-    with pytest.raises(UserError, match=r"takes images of shape \(batch, 3, 16, 16\), got \(2, 3, 32, 32\)"):
-        MDEQ(deq=Plain(), **TINY)(torch.zeros(2, 3, 32, 32))
+        MDEQ(deq=Plain(), **TINY | change)(torch.zeros(2, 3, 32, 32))

@@ -97,13 +97,12 @@ def test_an_axis_of_one_sample_is_kept():
         ({"batch_size": 0}, r"data\.batch_size must be a whole number >= 1"),
         ({"eval_batch_size": 0}, r"data\.eval_batch_size must be a whole number >= 1"),
         ({"stride": 0}, r"data\.stride must be a whole number >= 1"),
+        ({}, r"no split 'tset'\. Closest: test"),
     ],
 )
 def test_bad_settings_are_one_sentence(options, message):
     with pytest.raises(UserError, match=message):
-        SignalDataModule(source=Ramp(2, 2), **options)
-    with pytest.raises(UserError, match=r"no split 'tset'\. Closest: test"):
-        SignalDataModule(source=Ramp(2, 2)).points("tset")
+        SignalDataModule(source=Ramp(2, 2), **options).points("tset")
 
 
 @pytest.mark.parametrize("name", ["photograph", "image_file", "audio", "video"])

@@ -236,8 +236,6 @@ def test_samples_that_settle_early_leave_without_changing_anything():
 
 def test_the_state_carried_to_the_next_pair_moves_its_flow():
     net = contractive(DEQ(solver=Picard(max_iter=50, tol=1e-6)))
-    with pytest.raises(UserError, match="no state to carry on"):
-        net.carried()
     with torch.no_grad():
         net(*doubles())
         h, c = net.carried()
@@ -338,26 +336,27 @@ def test_a_training_step_works_on_shapes_alone(lookup):
         assert [flow.shape for flow in flows] == [(2, 2, 128, 160)] * 2
 
 
-def test_what_does_not_fit_is_said_in_one_sentence():
-    net = small()
-    image = torch.zeros(1, 3, 32, 40)
-    with pytest.raises(UserError, match="two images of one shape"):
-        net(image, torch.zeros(1, 3, 32, 48))
-    with pytest.raises(UserError, match="multiples of 8 of at least 16, got 32 x 44"):
-        net(torch.zeros(1, 3, 32, 44), torch.zeros(1, 3, 32, 44))
-    with pytest.raises(UserError, match="at least 16, got 8 x 40"):
-        net(torch.zeros(1, 3, 8, 40), torch.zeros(1, 3, 8, 40))
-    with pytest.raises(UserError, match="Start at None when the size changes"):
-        net(image, image, start=(torch.zeros(1, 6, 3, 5), torch.zeros(1, 2, 3, 5)))
-    for wrong, words in (
-        (dict(lookup="sparse"), "lookup must be one of"),
-        (dict(hidden_init="one"), "hidden_init must be one of"),
-        (dict(corr_channels=(8,)), "corr_channels must hold 2 widths"),
-        (dict(motion_channels=2), "motion_channels must be a whole number >= 3"),
-        (dict(radius=0), "radius"),
-    ):
-        with pytest.raises(UserError, match=words):
-            small(**wrong)
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: small()(pair()[0], pair(width=48)[1]), "two images of one shape"),
+        (lambda: small()(*pair(1, 32, 44)), "multiples of 8 of at least 16, got 32 x 44"),
+        (lambda: small()(*pair(1, 8, 40)), "at least 16, got 8 x 40"),
+        (
+            lambda: small()(*pair(1), start=(torch.zeros(1, 6, 3, 5), torch.zeros(1, 2, 3, 5))),
+            "Start at None when the size changes",
+        ),
+        (lambda: small(lookup="sparse"), "lookup must be one of"),
+        (lambda: small(hidden_init="one"), "hidden_init must be one of"),
+        (lambda: small(corr_channels=(8,)), "corr_channels must hold 2 widths"),
+        (lambda: small(motion_channels=2), "motion_channels must be a whole number >= 3"),
+        (lambda: small(radius=0), "radius"),
+        (lambda: small().carried(), "no state to carry on"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_sentence(call, words):
+    with pytest.raises(UserError, match=words):
+        call()
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
