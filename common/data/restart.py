@@ -96,7 +96,7 @@ class RestartingDataModule(pl.LightningDataModule):
         check_batch_size(self.batch_size, parts, "processes x trainer.accumulate_grad_batches")
 
     def _start(self):
-        """Where an iteration of the training loader begins: asked anew each time, or fixed when batches repeat."""
+        """First position of an iteration of the training loader: a function, or a number when batches repeat."""
         repeats = self.trainer is not None and self.trainer.overfit_batches > 0
         return self.start_samples if repeats else self.samples_seen
 

@@ -38,7 +38,7 @@ class StatelessSampler(Sampler):
 
     dataset_size  number of indices, >= 1
     batch_size    images per micro-batch over ALL ranks, >= 1 and divisible by world_size
-    start         images drawn before the first batch, or a function giving that number, asked at every `iter()`
+    start         images drawn before the first batch, or a function giving that number, called at every `iter()`
 
     It has no `__len__`: Lightning then takes it for endless. Raises UserError for an empty set or a bad batch size.
     """

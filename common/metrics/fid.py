@@ -70,6 +70,8 @@ class GaussianStatistics:
         return self
 
     def _merge(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        # Chan, Golub, LeVeque: with d = mean_b - mean_a and n = n_a + n_b,
+        # mean = mean_a + d n_b / n,  S = S_a + S_b + d d^T n_a n_b / n
         total = self.n + n
         shift = mean - self.mean
         self.mean = self.mean + shift * (n / total)
@@ -157,6 +159,7 @@ def frechet_distance(
                 stacklevel=2,
             )
     cov_a, cov_b = a.cov(ddof), b.cov(ddof).to(a.mean.device)
+    # With S = L L^T: S1 S2 has the eigenvalues of (L1^T L2)(L1^T L2)^T, whose roots are the singular values of L1^T L2.
     cross = torch.linalg.svdvals(_root_factor(cov_a).T @ _root_factor(cov_b)).sum()
     gap = (a.mean - b.mean.to(a.mean.device)).square().sum()
     return float(gap + cov_a.trace() + cov_b.trace() - 2 * cross)
@@ -176,9 +179,10 @@ def frechet_distance_tensor(mean: Tensor, cov: Tensor, reference_mean: Tensor, r
         reference_mean, reference_cov = reference_mean.to(torch.float64), reference_cov.to(torch.float64)
         values, vectors = _eigh_psd(reference_cov)
         root = (vectors * values.sqrt()) @ vectors.T
-    product = root @ cov @ root
+    product = root @ cov @ root  # R S R has the eigenvalues l of S R^2: tr (S R^2)^(1/2) = sum of sqrt(l)
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
     positive = eigenvalues > eigenvalues.detach().max() * len(eigenvalues) * torch.finfo(torch.float64).eps
+    # the root of 1 stands in for that of 0: an infinite derivative times a zero mask would be nan
     cross = torch.where(positive, eigenvalues, 1.0).sqrt().where(positive, 0.0).sum()
     return (mean - reference_mean).square().sum() + cov.trace() + reference_cov.trace() - 2 * cross
 

@@ -12,7 +12,7 @@ _TYPES = {"value": (int, float), "samples": int, "ddof": int}
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One measured value and how it came about. Only records alike in every field but `value` may be compared.
+    """One measured value and how it was measured. Only records equal in every field but `value` may be compared.
 
     name            "FID" for the 2015 Inception network alone, else "FD-resnet56", "FD-efflite0", "FD-digits",
                     "FD-pixels", "IS-...", "precision-...", "recall-..."
@@ -82,13 +82,13 @@ def require_alike(a: Measurement, b: Measurement, *, ignoring: Iterable[str] = (
 
 
 def compare(a: Measurement, b: Measurement, *, ignoring: Iterable[str] = ()) -> float:
-    """a.value - b.value of two records alike; raises UserError otherwise."""
+    """a.value - b.value of two comparable records; raises UserError otherwise."""
     require_alike(a, b, ignoring=ignoring)
     return a.value - b.value
 
 
 def ratio(a: Measurement, b: Measurement, *, ignoring: Iterable[str] = ()) -> float:
-    """a.value / b.value of two records alike; raises UserError otherwise. x/0 is inf (nan for 0/0)."""
+    """a.value / b.value of two comparable records; raises UserError otherwise. x/0 is inf (nan for 0/0)."""
     require_alike(a, b, ignoring=ignoring)
     if b.value == 0:
         return math.nan if a.value == 0 else math.copysign(math.inf, a.value)

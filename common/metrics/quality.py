@@ -26,6 +26,7 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
     for k in range(splits):
         part = logits[k * len(logits) // splits : (k + 1) * len(logits) // splits]
         log_p = part.log_softmax(1)
+        # log p(y) = log((1/N) sum_x p(y|x));  KL = sum_y p(y|x) (log p(y|x) - log p(y)), where 0 log 0 counts 0
         log_marginal = log_p.logsumexp(0) - torch.tensor(len(part), dtype=torch.float64).log().to(log_p.device)
         scores.append((log_p.exp() * (log_p - log_marginal)).nan_to_num(nan=0.0).sum(1).mean().exp())
     scores = torch.stack(scores)
@@ -52,6 +53,7 @@ def precision_recall(real: Tensor, fake: Tensor, *, neighbours: int = 3, chunk: 
     real, fake = real.to(torch.float64), fake.to(torch.float64)
     centre = real.mean(0)
     real, fake = real - centre, fake - centre
+    # rounding of |a|^2 + |b|^2 - 2 a.b: a point at the very radius of a ball counts as inside
     slack = 1e-12 * float(real.square().sum(1).mean() + fake.square().sum(1).mean())
     return (
         _covered(fake, real, _radii(real, neighbours, chunk) + slack, chunk),
@@ -60,6 +62,7 @@ def precision_recall(real: Tensor, fake: Tensor, *, neighbours: int = 3, chunk: 
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, cut at 0 where rounding makes it negative
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
 
 
@@ -90,6 +93,7 @@ def kernel_distance(real: Tensor, fake: Tensor, *, subsets: int = 100, size: int
         x = real[torch.randperm(len(real), generator=generator)[:size].to(real.device)].to(torch.float64)
         y = fake[torch.randperm(len(fake), generator=generator)[:size].to(fake.device)].to(torch.float64)
         xx, yy, xy = _cubic(x, x), _cubic(y, y), _cubic(x, y)
+        # MMD^2 = sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / (n (n - 1)) - (2 / n^2) sum_{i,j} k(x_i, y_j)
         within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
         total += float(within - 2 * xy.mean())
     return total / subsets

@@ -24,7 +24,7 @@ class GraphClassification(EquilibriumModule):
     net    `common.nets.ignn`; `net.level` says whether a row of its logits is a node or a graph
     loss   "cross_entropy": labels are classes; evaluated by accuracy in percent
            "binary": labels are zeros and ones (rows, C), each a yes-no question; evaluated by micro-averaged F1 in
-           percent, 2 TP / (2 TP + FP + FN) over all labels of all rows, a logit above 0 says yes (IGNN on PPI)
+           percent, 2 TP / (2 TP + FP + FN) over all labels of all rows, a logit above 0 means yes (IGNN on PPI)
     optimizer, schedule, correction   see `EquilibriumModule`
 
     Only the rows that `batch["mask"]` marks count, in the loss as in the metrics. Raises UserError for another loss,
@@ -75,9 +75,9 @@ class GraphClassification(EquilibriumModule):
         logits, mask = self.outputs(batch)[-1], batch["mask"]
         found = {"loss": (self.row_losses(logits, batch).sum(), mask.sum())}
         if self.loss == "binary":
-            said, true = (logits > 0) & mask[:, None], (batch["label"] > 0) & mask[:, None]
-            twice = 2 * (said & true).sum()
-            found["micro_f1"] = (100 * twice, (said.sum() + true.sum()).clamp(min=1))
+            predicted, true = (logits > 0) & mask[:, None], (batch["label"] > 0) & mask[:, None]
+            twice = 2 * (predicted & true).sum()
+            found["micro_f1"] = (100 * twice, (predicted.sum() + true.sum()).clamp(min=1))
         else:
             found["accuracy"] = (100 * ((logits.argmax(1) == batch["label"]) & mask).sum(), mask.sum())
         return found
@@ -106,34 +106,34 @@ class GraphClassification(EquilibriumModule):
         """`states.png` and `classes.txt` of the split "test".
 
         The picture: at most `samples` rows drawn by `seed`, their states before the classifier on their two principal
-        axes, coloured by class (labels at once: by how many hold), a cross where the answer is wrong (nowhere right).
+        axes, coloured by class (labels: by their number), a cross where the class is wrong (labels: where all are).
         The table: every class with its rows, how many were predicted right, and how many were predicted as that class.
         """
-        states, said, true = self._answers(data)
+        states, predicted, true = self._answers(data)
         order = torch.randperm(len(states), generator=torch.Generator().manual_seed(seed))[:samples]
         if self.loss == "binary":
-            right, colour, meaning = (said & true).any(1) | ~true.any(1), true.sum(1), "labels that hold"
-            text = label_table(said, true)
+            right, colour, meaning = (predicted & true).any(1) | ~true.any(1), true.sum(1), "labels that hold"
+            text = label_table(predicted, true)
         else:
-            right, colour, meaning = said == true, true, "class"
-            text = class_table(F.one_hot(true, self.net.classes).T @ F.one_hot(said, self.net.classes))
+            right, colour, meaning = predicted == true, true, "class"
+            text = class_table(F.one_hot(true, self.net.classes).T @ F.one_hot(predicted, self.net.classes))
         picture, table = Path(folder) / "states.png", Path(folder) / "classes.txt"
         draw_states(picture, principal_axes(states)[order], colour[order], right[order], meaning)
         write_text(table, text)
         return [picture, table]
 
     def _answers(self, data) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the rows of "test" that count: states (R, m), answers, truth ((R,) classes or (R, C) bool), on the CPU."""
+        """Of the rows of "test" that count: states (R, m), predictions and truth ((R,) or (R, C) bool), on the CPU."""
         parts = []
         for batch in data.eval_batches("test"):
             batch = to_device(batch, data, self.device)
             logits = self.outputs(batch)[-1]
             states = self.net.embed(*self._inputs(batch))
             if self.loss == "binary":
-                said, true = logits > 0, batch["label"] > 0
+                predicted, true = logits > 0, batch["label"] > 0
             else:
-                said, true = logits.argmax(1), batch["label"]
-            parts.append([part[batch["mask"]].cpu() for part in (states, said, true)])
+                predicted, true = logits.argmax(1), batch["label"]
+            parts.append([part[batch["mask"]].cpu() for part in (states, predicted, true)])
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -168,26 +168,26 @@ def draw_states(path: Path, places: Tensor, colour: Tensor, right: Tensor, meani
 
 
 def class_table(hits: Tensor) -> str:
-    """Text: the confusion matrix `hits` (C, C), rows the true class, columns the answer, and accuracies in percent."""
+    """Text: the confusion matrix `hits` (C, C), rows the true class, columns the predicted; accuracies in percent."""
     size = len(hits)
     width = max(5, len(str(int(hits.max()))) + 1)
-    lines = ["true \\ said" + "".join(f"{name:>{width}}" for name in range(size)) + "     right"]
+    lines = ["true \\ predicted" + "".join(f"{name:>{width}}" for name in range(size)) + "     right"]
     for name, row in enumerate(hits.tolist()):
         share = 100 * row[name] / max(sum(row), 1)
-        lines.append(f"{name:>11}" + "".join(f"{count:>{width}}" for count in row) + f"{share:>8.1f} %")
+        lines.append(f"{name:>16}" + "".join(f"{count:>{width}}" for count in row) + f"{share:>8.1f} %")
     total = int(hits.sum())
     lines.append(f"all {total} rows: {100 * int(hits.trace()) / max(total, 1):.2f} % right")
     return "\n".join(lines) + "\n"
 
 
-def label_table(said: Tensor, true: Tensor) -> str:
-    """Text: precision, recall and F1 in percent of every label from answers and truth (R, C) bool; last line: micro."""
-    both, yes, there = (part.sum(0) for part in (said & true, said, true))
-    lines = ["label   rows   said  precision  recall      F1"]
+def label_table(predicted: Tensor, true: Tensor) -> str:
+    """Text: precision, recall and F1 in percent of every label of predictions and truth (R, C) bool, then micro."""
+    both, yes, there = (part.sum(0) for part in (predicted & true, predicted, true))
+    lines = ["label   rows  predicted  precision  recall      F1"]
     rows = [*zip(range(len(both)), both.tolist(), yes.tolist(), there.tolist())]
     rows.append(("micro", int(both.sum()), int(yes.sum()), int(there.sum())))
     for name, hit, answered, wanted in rows:
         precision, recall = 100 * hit / max(answered, 1), 100 * hit / max(wanted, 1)
         f1 = 200 * hit / max(answered + wanted, 1)
-        lines.append(f"{name:>5} {wanted:>6} {answered:>6} {precision:>10.1f} {recall:>7.1f} {f1:>7.2f}")
+        lines.append(f"{name:>5} {wanted:>6} {answered:>10} {precision:>10.1f} {recall:>7.1f} {f1:>7.2f}")
     return "\n".join(lines) + "\n"

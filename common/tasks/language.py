@@ -22,7 +22,7 @@ STORED = "language_memory"  # key in a checkpoint
 class Language(EquilibriumModule):
     """Cross-entropy of the next token; evaluated by loss (nats per token), perplexity and bits per byte of text.
 
-    net          `common.nets.deq_transformer.DEQTransformer` or alike: `segment`, `nll`, `log_probs`, `blank_memory`
+    net          `common.nets.deq_transformer.DEQTransformer`: has `segment`, `nll`, `log_probs`, `blank_memory`
     length       positions of a training segment; used for planning only
     prompt       text every sample begins with, at least one token of the vocabulary
     text_length  tokens written after it

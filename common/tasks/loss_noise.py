@@ -25,7 +25,7 @@ class LossNoise(Callback):
     Both losses of MeanFlow and iMF are |u + (t - r) du/dt - v|^2 when unweighted, along another direction; power 0 in
     `losses` compares them so. The weights are those being trained, not their average.
 
-    Silent for a module whose network takes guidance: MeanFlow's loss knows none, so there is nothing to compare.
+    Does nothing for a network conditioned on guidance: MeanFlow's loss has none, so there is nothing to compare.
 
     losses    name -> loss of `common.losses.meanflow`
     batches   training batches, at least 2

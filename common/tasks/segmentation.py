@@ -164,7 +164,7 @@ class Segmentation(ResearchModule):
         return mean.clamp(min=1e-30).log() if self.merge == "probabilities" else mean
 
     def _on_any_size(self, x: Tensor) -> Tensor:
-        """Logits of normalised images at sizes the network likes, see `odd_sizes`; padding is cut off again."""
+        """Logits of normalised images at sizes the network takes, see `odd_sizes`; padding is cut off again."""
         if self.odd_sizes == "keep":
             return self.net(x)
         step, rest = self.net.stride, 1 if self.net.align_corners else 0
@@ -177,7 +177,7 @@ class Segmentation(ResearchModule):
 
     def evaluation_step(self, batch: dict) -> dict[str, tuple[Tensor, Tensor]]:
         """Sums and counts: `loss` (nats, unweighted mean over the pixels of an image that have a class) and `confusion`
-        (pixels, true class x answer)."""
+        (pixels, true class x predicted class)."""
         mask = batch["mask"]
         logits = self.predict(batch["image"], mask.shape[1:])
         losses = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="none")

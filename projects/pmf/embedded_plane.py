@@ -1,4 +1,4 @@
-"""A curve in a plane that lies somewhere in a space of many dimensions: data of two dimensions among D.
+"""A curve in a plane embedded in a space of D dimensions: data that vary in two dimensions only.
 
 "Just image Transformers" and pMF (arXiv 2601.22158) show with it what a network narrower than its space can predict.
 """
@@ -146,11 +146,11 @@ class EmbeddedCurve(RestartingDataModule):
         return PointBatches(self, self._start(), *self._world())
 
     def val_dataloader(self) -> list:
-        """None: `eval_batches` judges."""
+        """Empty: evaluation reads `eval_batches`."""
         return []
 
     def eval_batches(self, split: str) -> Iterator[dict[str, Tensor]]:
-        """The first `test_count` points of the split, whole batches dealt to the processes in turn."""
+        """The first `test_count` points of the split, whole batches, one process after the other."""
         check_split(split, self.splits, self.name)
         rank, world_size = self._world()
         for first in range(rank * self.eval_batch_size, self.test_count, world_size * self.eval_batch_size):

@@ -264,7 +264,7 @@ class Frames:
     def _film(self) -> np.ndarray:
         from torchvision import io
 
-        if not hasattr(io, "read_video"):  # gone from newer releases
+        if not hasattr(io, "read_video"):  # removed from newer releases
             raise UserError(
                 f"{self.path}: the installed torchvision reads no films. Split it into frames first, e.g. "
                 f"ffmpeg -i {self.path.name} frames/%05d.png, and set data.source.path=frames."

@@ -211,6 +211,7 @@ def scaled_sides(sides: Sequence[int], scales: Sequence[float]) -> tuple[int, in
 
 def mirrored_box(box: tuple, full: tuple[int, int], flip_x: bool, flip_y: bool) -> tuple[int, int, int, int]:
     """The part (top, left, height, width) that lies at `box` once the whole picture `full` is mirrored."""
+    # column c of the mirrored picture is column W - 1 - c: [left, left + w) comes from [W - left - w, W - left)
     top, left, height, width = box
     if flip_y:
         top = full[0] - top - height
@@ -244,6 +245,7 @@ def resample(image: Tensor, scales: Sequence[float], box: tuple[int, int, int, i
 
 
 def _neighbours(first: int, count: int, scale: float, source: int) -> tuple[Tensor, Tensor, Tensor]:
+    # v(p) = (1 - w) v[floor p] + w v[floor p + 1],  p = (i + 1/2) / scale - 1/2 cut to the picture,  w = p - floor p
     place = (torch.arange(first, first + count, dtype=torch.float64) + 0.5) / scale - 0.5
     place = place.clamp(0, source - 1)
     below = place.floor()
@@ -258,6 +260,7 @@ def resample_sparse(
     if tuple(scales) == (1.0, 1.0):
         part = slice(top, top + height), slice(left, left + width)
         return flow[:, part[0], part[1]], valid[part]
+    # the pixel at (y, x) with flow (u, v) moves to (round(s_y y), round(s_x x)) with flow (s_x u, s_y v)
     rows, columns = np.nonzero(valid.numpy() >= 0.5)
     y, x = (np.rint(places * scale).astype(np.int64) for places, scale in zip((rows, columns), scales))
     inside = (y > 0) & (y < full[0]) & (x > 0) & (x < full[1])
@@ -273,7 +276,7 @@ def resample_sparse(
 
 
 def _factors(scales: Sequence[float], flip_x: bool, flip_y: bool) -> Tensor:
-    """What u and v are multiplied by, (2, 1, 1)."""
+    """Factors of u and v (2, 1, 1): the horizontal scale and the vertical one, negative when mirrored."""
     return torch.tensor([-scales[1] if flip_x else scales[1], -scales[0] if flip_y else scales[0]]).view(2, 1, 1)
 
 

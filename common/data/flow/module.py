@@ -71,7 +71,7 @@ class FlowData(RestartingDataModule):
     flow           float32 (B, 2, H, W) pixels, u (right) then v (down), from the first to the second picture
     valid          float32 (B, H, W), 1 where the flow is known
     position       int64 (B,), number of the draw within the whole run (in evaluation: the pair's number)
-    occluded       float32 (B, H, W), 1 where the second picture does not show the pixel; only where every pair knows it
+    occluded       float32 (B, H, W), 1 where the second picture does not show the pixel; only where all pairs have it
     padding        in evaluation, a word: that of the set, where it has one
 
     In training H, W are the crop. In evaluation pairs come whole and unpadded, a batch holds pairs of one size.

@@ -1,4 +1,4 @@
-"""Pictures padded to sizes that a network takes, and its answers cut back."""
+"""Padding of pictures to sizes that a network takes, and cropping of its outputs."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,8 +13,8 @@ class Padder:
     """Padding of pictures (B, C, h, w) until both sides are multiples of `multiple`, by repeating the border.
 
     least  sides are at least so long after padding; itself a multiple
-    mode  sintel: left and right, top and bottom alike (what is odd goes right and down); kitti: left and right alike,
-          everything vertical at the bottom, as the authors' code does (which notes RAFT as its origin)
+    mode  sintel: half left, half right, half top, half bottom (an odd pixel goes right or down); kitti: half left,
+          half right, all vertical padding at the bottom, as the authors' code does (which notes RAFT as its origin)
 
     `unpad(pad(x)[0])` is x exactly. Raises UserError for another mode or a size below 1.
     """

@@ -159,7 +159,7 @@ class SynthPairs:
         draw = PositionDraws(self.source.seed, index, f"synthflow sequence {self.split}")
         layers = self._layers(draw)
         paths = [self._path(draw, frames, camera=number == 0) for number in range(len(layers))]
-        for path in paths[1:]:  # things ride on the panned background
+        for path in paths[1:]:  # the layers in front move with the panned background
             for t in range(frames):
                 path[t] = path[t] @ paths[0][t]
         shown, flows, hidden = [], [], []
@@ -229,7 +229,7 @@ class SynthPairs:
 
     def _smooth(self, draw: PositionDraws) -> Tensor:
         rows, columns = (len(weights[0]) for weights in self.spread)
-        # no wilder than 2.5 standard deviations: the map must not fold
+        # at most 2.5 standard deviations: the map must not fold
         values = np.clip(_normals(draw, 2 * rows * columns), -2.5, 2.5) * self.source.smooth
         knots = torch.from_numpy(values.astype(np.float32)).view(2, rows, columns)
         return self.spread[0] @ knots @ self.spread[1].T

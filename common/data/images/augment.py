@@ -139,6 +139,7 @@ class EdmAugment:
 
     def _warp(self, images: Tensor, draw: "_Draw") -> tuple[Tensor, list[Tensor]]:
         """Zoom, rotation, stretching and shifts as one affine map, applied to the images that drew any of them."""
+        # output pixel x shows the input at M^-1 x; M = ... M2 M1 has the inverse M1^-1 M2^-1 ...: factors on the right
         labels, drawn = [], []
         height, width = images.shape[2:]
         inverse = torch.eye(3, device=images.device).expand(len(images), 3, 3)  # where an output pixel comes from
@@ -155,6 +156,7 @@ class EdmAugment:
             n, axis = draw.normal(), (draw.uniform() * 2 - 1) * math.pi
             n = draw.gate(self.aniso, n)
             axis = torch.where(draw.uniform() < self.aniso_rotate_prob, axis, 0)
+            # inverse of stretching by s along the axis at angle -a and by 1/s across it: R(-a) diag(1/s, s) R(a)
             stretch = torch.exp2(self.aniso_std * n)
             inverse = inverse @ _rotation(-axis) @ _matrix2(1 / stretch, 0, 0, stretch) @ _rotation(axis)
             labels, drawn = [*labels, n * axis.cos(), n * axis.sin()], [*drawn, n]
@@ -171,6 +173,8 @@ class EdmAugment:
 
     def _recolor(self, images: Tensor, draw: "_Draw") -> tuple[Tensor, list[Tensor]]:
         """Brightness, contrast, luma flip, hue and saturation as one affine map of the colour."""
+        # colour c -> linear c + offset; a further step c -> A c multiplies both from the left. With P = v v^T, the
+        # projection on the luma axis v: luma flip A = I - 2 P, hue A = rotation about v, saturation A = P + s (I - P)
         labels = []
         device, (count, channels) = images.device, images.shape[:2]
         identity = torch.eye(3, device=device)
@@ -207,6 +211,7 @@ class EdmAugment:
             return torch.einsum("bij,bjhw->bihw", linear, images) + offset[..., None], labels
         if channels != 1:
             raise ValueError(f"colour transformations need 1 or 3 channels, got {channels}")
+        # a grey picture g (1, 1, 1) becomes the mean of its three channels: g (1/3) sum_ij L_ij + mean of the offset
         gain, lift = linear.mean(dim=1).sum(dim=1), offset.mean(dim=(1, 2))
         return images * gain[:, None, None, None] + lift[:, None, None, None], labels
 
@@ -237,6 +242,7 @@ class CropFlip:
         across, down = torch.arange(width, device=device), torch.arange(height, device=device)
         left, top = draw.integer(2 * self.padding + 1), draw.integer(2 * self.padding + 1)
         mirrored = draw.uniform() < self.flip
+        # column j shows column left + j of the padded picture, mirrored left + W - 1 - j
         columns = left[:, None] + torch.where(mirrored[:, None], width - 1 - across, across)
         rows = top[:, None] + down
         batch = torch.arange(count, device=device)
@@ -279,7 +285,7 @@ class RandomResizedCrop:
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         area = self.area[0] + (self.area[1] - self.area[0]) * draw.uniform(self.attempts)
         shape = torch.exp(low + (high - low) * draw.uniform(self.attempts))
-        # sides as fractions of the picture's
+        # sides as fractions of the picture's: w h = area W H and w / h = shape give w / W = sqrt(area shape H / W)
         across = (area * shape * height / width).sqrt()
         down = (area / shape * width / height).sqrt()
         fits = (across <= 1) & (down <= 1)
@@ -320,12 +326,14 @@ def resample(images: Tensor, inverse: Tensor) -> Tensor:
     images = _double(_double(images, 3), 2)
     # Same map in the new coordinates: origin at the padded picture's centre, two samples to a pixel, and the even
     # filter puts samples half a step off the pixels they belong to.
+    # x' = 2 x + h with h = -1/2: the source L x + b becomes 2 (L (x' - h) / 2 + b) + h = L x' + 2 b + h - L h.
     half = torch.tensor([-0.5, -0.5], device=inverse.device)
     shifted = _shift(torch.tensor((left - right) / 2), torch.tensor((top - bottom) / 2)).to(inverse) @ inverse
     linear, offset = shifted[:, :2, :2], 2 * shifted[:, :2, 2] + half - shifted[:, :2, :2] @ half
     out_height, out_width = 2 * (height + 2 * MARGIN), 2 * (width + 2 * MARGIN)
     source = torch.tensor([images.shape[3], images.shape[2]], device=inverse.device)
     target = torch.tensor([out_width, out_height], device=inverse.device)
+    # affine_grid's coordinates reach from -1 to 1: x' = (size / 2) n, of the source and of the target
     theta = torch.cat([linear * (target / source[:, None]), (offset * 2 / source)[:, :, None]], dim=2)
     shape = [batch, channels, out_height, out_width]
     grid = F.affine_grid(theta.to(images.dtype), shape, align_corners=False)

@@ -13,7 +13,7 @@ def digits_split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     train_x (1400, 1, 8, 8) uint8 0..255, test_x (397, 1, 8, 8): the bundle holds counts 0..16, stored here as
     round(count * 255 / 16); train_y (1400,), test_y (397,) int64 classes 0..9.
 
-    The rows are dealt by one fixed permutation because the bundle is ordered by writer. RandomState rather than
+    The rows are split by one fixed permutation because the bundle is ordered by writer. RandomState rather than
     default_rng: numpy promises that its stream never changes between versions, and the split must not either.
 
     Source: scikit-learn `load_digits`, the test part of UCI "Optical Recognition of Handwritten Digits".

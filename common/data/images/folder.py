@@ -98,7 +98,7 @@ class ImageFolder:
 
 
 class ImageFiles:
-    """The pictures of one folder or zip, decoded when asked for; see `ImageFolder` for the arguments.
+    """The pictures of one folder or zip, decoded on demand; see `ImageFolder` for the arguments.
 
     Raises UserError when there is no picture, or when labels are asked for and missing or out of range.
     """

@@ -87,7 +87,7 @@ class ImageDataModule(RestartingDataModule):
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes in the order of the labels, None when the source knows none."""
+        """Names of the classes in the order of the labels, None when the source has none."""
         return getattr(self.source, "classes", None)
 
     @property

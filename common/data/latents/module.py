@@ -100,7 +100,7 @@ class LatentFolder:
 
 
 class LatentFiles:
-    """The moments of one cache, mapped into memory and read where asked for.
+    """The moments of one cache, memory-mapped and read on demand.
 
     labels  int64 (N,), zeros when not labelled
     """

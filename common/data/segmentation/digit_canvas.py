@@ -24,7 +24,7 @@ class DigitCanvas:
     digits of the number that stands there twice. What is twin cannot be seen from a digit alone: it takes the others.
 
     train_count, test_count  canvases of each split, >= 1
-    seed                     of what stands where; canvas i of a split depends on (seed, i) alone
+    seed                     of the digits and their places; canvas i of a split depends on (seed, i) alone
 
     A source of `common.data.segmentation.module.SegmentationDataModule`. Raises UserError for counts out of range.
     """

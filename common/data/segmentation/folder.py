@@ -167,5 +167,5 @@ def read_classes(path: Path) -> list[tuple[str, int | Colour]]:
         if twice:
             raise UserError(f"{path} gives the {what} {twice[0]} to two classes. Give each its own.")
     if len({isinstance(mark, tuple) for _, mark in found}) > 1:
-        raise UserError(f"{path} mixes numbers and colours. {fix} All lines alike.")
+        raise UserError(f"{path} mixes numbers and colours. {fix} Use one form in all lines.")
     return found

@@ -1,4 +1,4 @@
-"""Pictures with masks, read and checked pair by pair: whatever is wrong is said in one sentence naming the file."""
+"""Pictures with masks, read and checked pair by pair: every error is one sentence that names the file."""
 
 import hashlib
 import os

@@ -1,6 +1,6 @@
 """PASCAL VOC 2012, PASCAL-Context, ADE20K and Cityscapes, in the folders their makers (or the usual tools) give them.
 
-torchvision lists the files of those it knows; the masks are read and checked by `common.data.segmentation.pairs`.
+torchvision lists the files of the sets it supports; the masks are read and checked by `common.data.segmentation.pairs`.
 """
 
 from pathlib import Path

@@ -10,8 +10,8 @@ from common.metrics.segmentation import class_iou, confusion_matrix, segmentatio
 
 def test_a_case_by_hand():
     truth = torch.tensor([[[0, 0, 0, 1], [1, 1, 255, 255]]])
-    said = torch.tensor([[[0, 0, 1, 1], [1, 0, 0, 1]]])
-    matrix = confusion_matrix(said, truth, 3)
+    predicted = torch.tensor([[[0, 0, 1, 1], [1, 0, 0, 1]]])
+    matrix = confusion_matrix(predicted, truth, 3)
     assert matrix.dtype == torch.int64 and matrix.tolist() == [[2, 1, 0], [1, 2, 0], [0, 0, 0]]
     found = segmentation_scores(matrix, ["sky", "road sign", "car"])
     # each class: 2 right, 1 missed, 1 false: 2 / 4; class 2 occurs nowhere and is left out
@@ -32,10 +32,10 @@ def test_a_class_that_is_only_predicted_counts_zero():
     assert found["miou"] == pytest.approx((50 + 0) / 2) and found["class_accuracy"] == pytest.approx(50)
 
 
-def slow(said, truth, classes):
+def slow(predicted, truth, classes):
     ious = []
     for c in range(classes):
-        pairs = [(int(s), int(t)) for s, t in zip(said.flatten(), truth.flatten()) if t != 255]
+        pairs = [(int(s), int(t)) for s, t in zip(predicted.flatten(), truth.flatten()) if t != 255]
         union = sum(s == c or t == c for s, t in pairs)
         if union:
             ious.append(100 * sum(s == c and t == c for s, t in pairs) / union)

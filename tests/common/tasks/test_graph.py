@@ -62,16 +62,16 @@ def test_micro_f1_is_that_of_scikit_learn_over_several_batches(monkeypatch):
 
     generator = torch.Generator().manual_seed(3)
     total = count = 0
-    said, true = [], []
+    predicted, true = [], []
     for rows in (5, 8):
         logits = torch.randn(rows, 6, generator=generator)
         label = (torch.rand(rows, 6, generator=generator) < 0.3).float()
         data = batch(label, [k % 4 != 0 for k in range(rows)])
         parts = fixed(module(loss="binary"), logits, monkeypatch).evaluation_step(data)["micro_f1"]
         total, count = total + float(parts[0]), count + float(parts[1])
-        said.append((logits > 0)[data["mask"]])
+        predicted.append((logits > 0)[data["mask"]])
         true.append((label > 0)[data["mask"]])
-    expected = f1_score(torch.cat(true).numpy(), torch.cat(said).numpy(), average="micro")
+    expected = f1_score(torch.cat(true).numpy(), torch.cat(predicted).numpy(), average="micro")
     assert total / count == pytest.approx(100 * expected)
 
 
@@ -136,8 +136,8 @@ def test_principal_axes_order_the_directions_by_spread_and_keep_distances():
 def test_tables_say_the_numbers():
     text = class_table(torch.tensor([[8, 2], [1, 9]]))
     assert "80.0 %" in text and "90.0 %" in text and "all 20 rows: 85.00 % right" in text
-    said, true = torch.tensor([[1, 0], [1, 1], [0, 0]]).bool(), torch.tensor([[1, 1], [0, 1], [0, 0]]).bool()
-    lines = label_table(said, true).splitlines()
+    predicted, true = torch.tensor([[1, 0], [1, 1], [0, 0]]).bool(), torch.tensor([[1, 1], [0, 1], [0, 0]]).bool()
+    lines = label_table(predicted, true).splitlines()
     assert lines[1].split() == ["0", "1", "2", "50.0", "100.0", "66.67"]
     assert lines[-1].split() == ["micro", "3", "3", "66.7", "66.7", "66.67"]
 

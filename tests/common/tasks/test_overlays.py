@@ -19,8 +19,8 @@ def test_colours_lie_over_the_image_and_void_is_darkened():
 def test_a_sheet_with_truth_and_legend(tmp_path):
     images = [torch.full((3, 30, 240), 200, dtype=torch.uint8), torch.zeros(3, 10, 60, dtype=torch.uint8)]
     truths = [torch.zeros(30, 240, dtype=torch.uint8), torch.full((10, 60), 255, dtype=torch.uint8)]
-    said = [torch.zeros(30, 240, dtype=torch.int64), torch.ones(10, 60, dtype=torch.int64)]
-    path = write_overlays(tmp_path / "x.png", images, said, truths, palette=PALETTE, names=("aa", "bb", "cc"))
+    predicted = [torch.zeros(30, 240, dtype=torch.int64), torch.ones(10, 60, dtype=torch.int64)]
+    path = write_overlays(tmp_path / "x.png", images, predicted, truths, palette=PALETTE, names=("aa", "bb", "cc"))
     sheet = np.array(Image.open(path))
     assert sheet.shape[1] == 3 * (240 + GAP) + GAP  # the second picture is enlarged fourfold
     top = LINE + GAP

@@ -170,9 +170,9 @@ def test_measures_on_known_answers():
     module, batch = task().eval(), pair((8, 9), 2)
     found = module.evaluation_step(batch)
     assert list(found) == ["loss", "confusion"]  # a sweep minimises the first
-    said, truth = module.net.conv(batch["image"]).argmax(1), batch["mask"]
+    predicted, truth = module.net.conv(batch["image"]).argmax(1), batch["mask"]
     matrix = torch.zeros(3, 3)
-    for a, b in zip(truth.flatten().tolist(), said.flatten().tolist()):
+    for a, b in zip(truth.flatten().tolist(), predicted.flatten().tolist()):
         if a != 255:
             matrix[a, b] += 1
     assert torch.equal(found["confusion"][0].float(), matrix)
@@ -284,9 +284,9 @@ def test_any_pictures_in_a_folder(tmp_path):
         written = module.show_files(folder, Data(), tmp_path / "out")
     assert [path.name for path in written] == ["a.png", "a_classes.png", "b.png", "b_classes.png"]
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
-    said = module.net.conv(image).argmax(1)[0]
+    predicted = module.net.conv(image).argmax(1)[0]
     classes = Image.open(written[1])
-    assert np.array_equal(np.array(classes), said.numpy())
+    assert np.array_equal(np.array(classes), predicted.numpy())
     assert classes.getpalette()[:9] == [255, 0, 0, 0, 255, 0, 0, 0, 255]
     data = Data()
     data.eval_fit = [6, 6]  # smaller inside, the same size outside
