@@ -66,7 +66,7 @@ def test_overfitting_begins_anew_and_uneven_shares_are_refused():
     data.trainer = trainer(done=4, overfit=2)
     assert next(iter(data._train_sampler(50)))[0][1] == 0
     data.trainer = trainer(done=4, accumulate=5)
-    with pytest.raises(UserError, match=r"divisible by processes x trainer\.accumulate_grad_batches = 5, got 12"):
+    with pytest.raises(UserError, match=r"multiple of 5 \(processes x trainer\.accumulate_grad_batches\), got 12"):
         data._train_sampler(50)
 
 
