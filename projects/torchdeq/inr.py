@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import limits
 from common.errors import UserError
 from common.runtime.training.equilibrium import EquilibriumModule
 from common.runtime.training.module import ResearchModule
@@ -111,8 +112,8 @@ class Inr(SignalTask, EquilibriumModule):
         correction: Callable | None,
     ):
         super().__init__(net=net, optimizer=optimizer, schedule=schedule, correction=correction)
-        if reuse_steps is not None and reuse_steps < 0:
-            raise UserError(f"project.reuse_steps must be >= 0 or null, got {reuse_steps}. The zoo uses 0.")
+        if reuse_steps is not None:
+            limits.whole("project.reuse_steps", reuse_steps, hint="Set 0 as TorchDEQ's zoo does, or null.")
         if reuse and net.deq.grad.replaces_solver:
             raise UserError("project.reuse needs a solver; an unrolled network starts at zero. Set it to false.")
         if reuse and reuse_steps is not None and len(net.deq.positions) > 1:

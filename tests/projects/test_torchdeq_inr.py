@@ -194,7 +194,7 @@ def test_a_photograph_is_learnt(composed, tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (("project.reuse_steps=-1",), r"project\.reuse_steps must be >= 0 or null"),
+        (("project.reuse_steps=-1",), r"project\.reuse_steps must be a whole number >= 0"),
         (("project.reuse_steps=1", "project.net.deq.states=2"), r"Set project\.reuse_steps=null"),
         (("net@project.net=inr_mfn",), r"Set it to false"),
     ],
