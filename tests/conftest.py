@@ -145,14 +145,14 @@ def forked_command():
 def data_root() -> Path:
     """The folder with cifar10/, weights/, ... : $DATA_ROOT, else ../shared/data beside the checkout.
 
-    Told to use it (DATA_ROOT set) and missing: fails with the fix. Not told and not there: skipped with the reason.
+    DATA_ROOT set but missing: fails with the fix. Not set and not found: skipped with the reason.
     """
-    told = os.environ.get("DATA_ROOT")
-    root = Path(told) if told else REPO.parent / "shared" / "data"
+    given = os.environ.get("DATA_ROOT")
+    root = Path(given) if given else REPO.parent / "shared" / "data"
     if root.is_dir():
         return root.resolve()
-    if told:
-        pytest.fail(f"DATA_ROOT={told} is not a folder: point it at the folder that holds cifar10/ and weights/")
+    if given:
+        pytest.fail(f"DATA_ROOT={given} is not a folder: point it at the folder that holds cifar10/ and weights/")
     pytest.skip("no data folder: set DATA_ROOT to the folder that holds cifar10/ and weights/ to run this test")
 
 

@@ -1,4 +1,4 @@
-"""The CPU seconds that tests of one paper may take together: which files count, and what is said about too many."""
+"""The CPU seconds that tests of one paper may take together: the files that count, and the message above the budget."""
 
 import importlib.util
 from pathlib import Path

@@ -136,7 +136,7 @@ def test_a_mistake_is_one_sentence_and_exit_2(mistake, cli, tmp_path):
 
 
 def test_published_weights_missing(cli, data_root, tmp_path):
-    """Data there, weights not: the file, its place and the command that makes it; nothing else is said."""
+    """Data there, weights not: the file, its place and the command that makes it; nothing else is printed."""
     refused(
         cli("+experiment=ect_cifar10", f"data.root={data_root}", "trainer=cpu"),
         f"{tmp_path}/weights/edm-cifar10-32x32-uncond-vp/model.safetensors do not exist",

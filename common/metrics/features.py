@@ -146,7 +146,7 @@ class Inception(FeatureExtractor):
     """2048-d pool3 features and 1008 logits of the 2015 Inception network, through torch-fidelity: gives "FID".
 
     weights  path of weights-inception-2015-12-05-6726825d.pth (91 MB)
-    sha256   first hex digits the file must have; the official ones unless told otherwise
+    sha256   first hex digits the file must have; the official ones by default
 
     torch-fidelity unpickles without limits, so the bytes are checked first: checksum, then a weights-only load.
     """

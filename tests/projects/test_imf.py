@@ -1,4 +1,4 @@
-"""iMF end to end: guidance told, sampled and bounded; the loss through the module; real steps."""
+"""iMF end to end: guidance as a condition, its draws and bounds; the loss through the module; real steps."""
 
 from functools import partial
 
@@ -61,12 +61,12 @@ def test_the_modules_draws_reach_the_loss():
     assert all(p.grad is not None for p in made.parameters())
 
 
-def test_guidance_is_told_at_test_time_inside_the_trained_range():
+def test_guidance_is_given_at_test_time_inside_the_trained_range():
     made = module(small(), **GUIDED)
     one = lambda **more: made.generate(torch.arange(3), sampler=AverageVelocitySteps(**more), seed=0)
     free, guided = one(omega=1.0), one(omega=8.0)
     assert guided.isfinite().all() and not torch.allclose(free, guided)
-    assert torch.equal(one(), free)  # not told: the network's own default is no guidance
+    assert torch.equal(one(), free)  # not given: the network's own default is no guidance
     with pytest.raises(UserError, match=r"omega must lie in the trained range 1 to 8, got 10\.5"):
         one(omega=10.5)
     with pytest.raises(UserError, match="trained without it"):

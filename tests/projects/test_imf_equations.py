@@ -170,10 +170,10 @@ def test_dropped_samples_lose_their_class_and_keep_their_scale_in_view():
     assert 10 < dropped.sum() < 30 and omega.min() >= 1 and omega.max() <= 8
     t, r, z, v = drawn(made, given["image"])
     low, high = torch.where(t == r, 0, low.double()), torch.where(t == r, 1, high.double())
-    told = net.calls[-1]
+    call = net.calls[-1]
     labels = torch.eye(3)[given["label"]] * ~dropped[:, None]
-    assert torch.equal(told["labels"], labels) and torch.equal(told["omega"], omega)
-    assert torch.equal(told["t_min"], low) and torch.equal(told["t_max"], high)
+    assert torch.equal(call["labels"], labels) and torch.equal(call["omega"], omega)
+    assert torch.equal(call["t_min"], low) and torch.equal(call["t_max"], high)
     scale = torch.where((t >= low) & (t <= high), omega, 1.0)
     with torch.no_grad():
         v_cond = net(z, t, t, torch.eye(3)[given["label"]], omega=scale)

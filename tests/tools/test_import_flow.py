@@ -16,8 +16,8 @@ RECORD = json.loads((Path(__file__).parents[1] / "fixtures" / "nets" / "deq_flow
 
 def run(capsys, *words) -> tuple[int, str, str]:
     code = import_weights.main([str(word) for word in words])
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
 
 
 def test_a_released_file_keeps_every_tensor(tmp_path, capsys):
@@ -26,9 +26,9 @@ def test_a_released_file_keeps_every_tensor(tmp_path, capsys):
         name.replace("running_var", "num_batches_tracked"): torch.tensor(3) for name in tensors if "_var" in name
     }
     torch.save({**tensors, **counters}, tmp_path / "own.pth")
-    code, said, err = run(capsys, "flow", tmp_path / "own.pth", "--net", "deq_flow_tiny")
+    code, printed, err = run(capsys, "flow", tmp_path / "own.pth", "--net", "deq_flow_tiny")
     assert code == 0, err
-    assert "size      2,490,976 parameters" in said and "class     FlowEquilibrium ->" in said
+    assert "size      2,490,976 parameters" in printed and "class     FlowEquilibrium ->" in printed
     made = load(tmp_path / "own")
     assert made.sampler is None and made.config["network"]["hidden_init"] == "zero"
     kept = made.net.state_dict()

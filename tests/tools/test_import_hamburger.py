@@ -11,8 +11,8 @@ HEAD = "decode_head.hamburger."
 
 def run(capsys, *words) -> tuple[int, str, str]:
     code = import_weights.main([str(word) for word in words])
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
 
 
 def light_ham(width: int = 8) -> dict:
@@ -45,12 +45,12 @@ def hamnet(width: int = 8, rank: int = 3) -> dict:
 def test_the_block_of_a_light_head(tmp_path, capsys):
     tensors = light_ham()
     torch.save({"state_dict": tensors}, tmp_path / "light.pth")
-    code, said, err = run(
+    code, printed, err = run(
         capsys, "hamburger", tmp_path / "light.pth", "--key", HEAD, "--set", "norm_groups=4", "--set", "rank=5",
         "--set", "eval_seed=0",
     )  # fmt: skip
     assert code == 0, err
-    assert "class     Hamburger ->" in said
+    assert "class     Hamburger ->" in printed
     made = load(tmp_path / "light")
     assert made.net.version == "v1" and made.net.ham.decomposition.rank == 5
     assert torch.equal(made.net.lower.weight, tensors[f"{HEAD}ham_in.conv.weight"])

@@ -46,9 +46,9 @@ def refused(capsys, *words) -> str:
 def test_an_imf_file_becomes_an_export_with_the_head_it_has(v_depth, tmp_path, capsys):
     net = shaken(MiT(**TINY, head_depth=2, v_depth=v_depth))
     torch.save({f"net.{name}": value for name, value in net.state_dict().items()}, tmp_path / "own.pth")
-    said = imported(capsys, "imf", tmp_path / "own.pth", "--net", "mit_tiny")
+    printed = imported(capsys, "imf", tmp_path / "own.pth", "--net", "mit_tiny")
     count = sum(p.numel() for p in net.parameters())
-    assert f"size      {count:,} parameters" in said and "class     MiT -> common.nets.mit.MiT\n" in said
+    assert f"size      {count:,} parameters" in printed and "class     MiT -> common.nets.mit.MiT\n" in printed
     model = load(tmp_path / "own")
     assert model.config["network"]["v_depth"] == v_depth
     labels = torch.tensor([3, 7])
@@ -157,10 +157,10 @@ def test_an_export_samples_with_the_guidance_of_the_published_number(tmp_path, c
         imported(capsys, "imf", tmp_path / name, "--net", "mit_tiny", *words)
         made = load((tmp_path / name).with_suffix(""))
         assert (made.sampler.omega, made.sampler.t_min, made.sampler.t_max) == guidance
-        told = dict(zip(("omega", "t_min", "t_max"), guidance), class_labels=torch.eye(10)[[4, 4]])
+        conditions = dict(zip(("omega", "t_min", "t_max"), guidance), class_labels=torch.eye(10)[[4, 4]])
         z = ImageNoise(seed=3, indices=[0, 1], shape=(1, 8, 8)).z
         with torch.no_grad():
-            torch.testing.assert_close(made.sample(2, seed=3, labels=4), z - net(z, 1.0, 0.0, **told))
+            torch.testing.assert_close(made.sample(2, seed=3, labels=4), z - net(z, 1.0, 0.0, **conditions))
 
 
 def test_every_release_has_the_guidance_of_its_experiment(tmp_path):

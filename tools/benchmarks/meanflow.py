@@ -171,13 +171,13 @@ def build(name: str, tiny: bool) -> nn.Module:
 
 def remarks(rows: list[dict]) -> list[str]:
     """Time of ours and of the usual way relative to flow matching, per case."""
-    said = []
+    lines = []
     for row in rows:
         if row["variant"] != OURS:
             continue
         theirs = next(r for r in rows if r["variant"] == USUAL and all(r[k] == row[k] for k in ("case", "threads")))
-        said.append(
+        lines.append(
             f"{row['case']}, {row['threads']} thread{'s' * (row['threads'] > 1)}: {row['ratio']:.2f}x a flow-matching "
             f"step, against {theirs['ratio']:.2f}x the usual way."
         )
-    return said
+    return lines

@@ -216,15 +216,15 @@ def test_average_velocity_steps_are_exact_for_the_exact_velocity(sampler, nfe):
 
 
 class Guided(torch.nn.Module):
-    """Remembers what it was told."""
+    """Keeps the inputs of every call."""
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
-        self.told = []
+        self.inputs = []
 
     def forward(self, z, t, r, **given):
-        self.told.append((z.dtype, t.tolist(), r.tolist(), given))
+        self.inputs.append((z.dtype, t.tolist(), r.tolist(), given))
         return self.weight * z
 
 
@@ -233,18 +233,18 @@ def test_bound_velocity_tells_labels_and_guidance_in_the_type_of_the_network():
     bound = BoundVelocity(net=net, class_labels=torch.eye(2), noise_scale=2.0, guidance=(1.0, 8.0))
     out = AverageVelocitySteps(omega=7.5, t_min=0.1, t_max=0.7)(bound, z)
     assert out.dtype == torch.float32 and not out.any()  # u = z: 2 z - 2 z
-    dtype, t, r, given = net.told[0]
+    dtype, t, r, given = net.inputs[0]
     assert (dtype, t, r) == (torch.float32, [1, 1], [0, 0]) and torch.equal(given["class_labels"], torch.eye(2))
     assert [given[k].tolist() for k in ("omega", "t_min", "t_max")] == [
         [7.5, 7.5], pytest.approx([0.1, 0.1]), pytest.approx([0.7, 0.7])
     ]  # fmt: skip
     FlowEuler(steps=2)(BoundVelocity(net=net), z)
-    assert [told[1:3] for told in net.told[1:]] == [([1, 1], [1, 1]), ([0.5, 0.5], [0.5, 0.5])]  # r = t: the velocity
-    assert all("omega" not in told[3] and "class_labels" not in told[3] for told in net.told[1:])
+    assert [call[1:3] for call in net.inputs[1:]] == [([1, 1], [1, 1]), ([0.5, 0.5], [0.5, 0.5])]  # r = t: the velocity
+    assert all("omega" not in call[3] and "class_labels" not in call[3] for call in net.inputs[1:])
     with pytest.raises(UserError, match=r"omega must lie in the trained range 1 to 8, got 9\. Set omega=8"):
         AverageVelocitySteps(omega=9.0)(bound, z)
     AverageVelocitySteps(omega=10.5, beyond=True)(bound, z)
-    assert net.told[-1][3]["omega"].tolist() == [10.5, 10.5]
+    assert net.inputs[-1][3]["omega"].tolist() == [10.5, 10.5]
     assert AverageVelocitySteps(omega=10.5, t_min=0.4).variant == "omega10.5-t0.4-1"
     assert AverageVelocitySteps(steps=2).variant == ""
     with pytest.raises(UserError, match="omega=2 is given, but this network was trained without it"):

@@ -95,10 +95,10 @@ def test_one_jump_from_noise_ends_at_the_data_and_equals_two_half_jumps():
 # Networks and batches
 
 
-def mlp(told: int = 2, **options) -> MLPDenoiser:
+def mlp(num_times: int = 2, **options) -> MLPDenoiser:
     options = {"out_channels": 1, "width": 16, "emb_channels": 8, **options}
     torch.manual_seed(0)
-    made = MLPDenoiser(img_resolution=2, in_channels=1, num_times=told, **options).double()
+    made = MLPDenoiser(img_resolution=2, in_channels=1, num_times=num_times, **options).double()
     with torch.no_grad():
         for p in made.parameters():
             p.add_(0.3 * torch.randn(p.shape, dtype=p.dtype))
@@ -110,7 +110,7 @@ def net(**options) -> AverageVelocity:
 
 
 def two_headed(guided: bool = True, **options) -> TwoHeadVelocity:
-    model = mlp(told=5 if guided else 2, label_dim=3, out_channels=2)
+    model = mlp(num_times=5 if guided else 2, label_dim=3, out_channels=2)
     return TwoHeadVelocity(model=model, guided=guided, **options)
 
 
@@ -327,14 +327,14 @@ def test_guidance_is_that_of_the_official_code():
     live = t != r
     assert ((v_g - v).flatten(1).abs().sum(1) == 0).sum() not in (0, 12) and (dropped & live).any()
     low, high = torch.where(live, t_min, 0.0), torch.where(live, t_max, 1.0)
-    told = {"class_labels": given["labels"] * ~dropped[:, None], "omega": omega, "t_min": low, "t_max": high}
+    conditions = {"class_labels": given["labels"] * ~dropped[:, None], "omega": omega, "t_min": low, "t_max": high}
     u, dudt = torch.func.jvp(
-        lambda z, t, r: network(z, t, r, **told), (z, t, r), (v_c, torch.ones_like(t), torch.zeros_like(r))
+        lambda z, t, r: network(z, t, r, **conditions), (z, t, r), (v_c, torch.ones_like(t), torch.zeros_like(r))
     )
     expected = (u + wide(t - r) * dudt - v_g).square().flatten(1).sum(1).detach()
     terms = call(ImprovedMeanFlowLoss(), network, given, omega=omega, t_min=t_min, t_max=t_max, dropped=dropped)
     torch.testing.assert_close(terms.u, expected, rtol=1e-10, atol=1e-12)
-    seen = network(z, t, r, **told, heads="v")
+    seen = network(z, t, r, **conditions, heads="v")
     torch.testing.assert_close(terms.v, (seen - v_g).square().flatten(1).sum(1).detach(), rtol=1e-10, atol=1e-12)
     same = call(ImprovedMeanFlowLoss(uncond_omega="same"), network, given, omega=omega, t_min=t_min, t_max=t_max)
     assert (
@@ -466,7 +466,7 @@ def plain(given, **changes):
         (lambda b: ImprovedMeanFlowLoss(head="aux"), "head must be one of auxiliary, boundary"),
         (lambda b: ImprovedMeanFlowLoss(uncond_omega="two"), "uncond_omega must be one of one, same"),
         (lambda b: ImprovedMeanFlowLoss(t_floor=2), "t_floor must be >= 0 and <= 1"),
-        (lambda b: TwoHeadVelocity(model=mlp(told=3)), "is conditioned on 2 numbers .* but takes 3"),
+        (lambda b: TwoHeadVelocity(model=mlp(num_times=3)), "is conditioned on 2 numbers .* but takes 3"),
         (lambda b: TwoHeadVelocity(model=mlp(out_channels=3)), "out_channels must be in_channels=1"),
         (lambda b: TwoHeadVelocity(model=mlp())(*points(4), heads="v"), "has no v-head"),
         (lambda b: plain(b, r=b["t"] + 0.01), "times must satisfy 0 <= r <= t <= 1"),

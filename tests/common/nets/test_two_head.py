@@ -21,7 +21,7 @@ class Raw(nn.Module):
         self.num_times, self.out_channels = num_times, out_channels
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None, dropout_masks=None):
-        self.told, self.labels, self.masks = noise_labels, class_labels, dropout_masks
+        self.conditions, self.labels, self.masks = noise_labels, class_labels, dropout_masks
         return torch.cat([x, 2 * x], dim=1)[:, : self.out_channels]
 
 
@@ -38,11 +38,11 @@ def test_the_network_is_told_times_and_guidance_in_order():
     labels, omega = torch.eye(3), torch.tensor([1.0, 2.0, 4.0])
     net(z(), T, R, labels, omega=omega, t_min=0.2, t_max=torch.tensor([0.6, 0.7, 0.8]), dropout_masks=masks)
     expected = torch.stack([T, T - R, 1 - 1 / omega, torch.full((3,), 0.2), torch.tensor([0.6, 0.7, 0.8])], dim=1)
-    torch.testing.assert_close(raw.told, expected)
+    torch.testing.assert_close(raw.conditions, expected)
     assert raw.labels is labels and raw.masks is masks
     alone = TwoHeadVelocity(model=Raw(num_times=1, out_channels=2), times=["t-r"])
     alone(z(), T, R, omega=8.0)
-    torch.testing.assert_close(alone.model.told, T - R)  # not guided: the scale goes nowhere
+    torch.testing.assert_close(alone.model.conditions, T - R)  # not guided: the scale goes nowhere
 
 
 def test_heads_are_halves_of_the_channels():

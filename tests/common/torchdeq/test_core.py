@@ -142,9 +142,9 @@ def test_the_callers_settings_are_never_changed_and_no_stat_is_heard():
 )
 def test_keywords_that_are_no_settings_are_named_in_one_warning(name, closest):
     """get_deq(**vars(args)) works, as in torchdeq, but a misspelling does not go unnoticed."""
-    with pytest.warns(UserWarning, match=rf"batch_size, {name} \(closest: {closest}\)") as said:
+    with pytest.warns(UserWarning, match=rf"batch_size, {name} \(closest: {closest}\)") as warned:
         deq = torchdeq.get_deq(batch_size=64, **{name: 3})
-    assert len(said) == 1 and deq.f_max_iter == 40
+    assert len(warned) == 1 and deq.f_max_iter == 40
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torchdeq.get_deq({name: 3}, f_max_iter=12)  # in args anything may stand

@@ -34,10 +34,10 @@ def test_only_the_first_node_of_a_chain_carries_its_class():
 def test_a_class_arrives_after_as_many_hops_as_the_node_is_far():
     chains = Chains(classes=2, chains=1, length=6, features=2, train_nodes=1, val_nodes=1, test_nodes=1)
     graph = chains.load("train")[0]
-    hears = link_matrix(12, graph.links, "none").T.toarray()
+    links = link_matrix(12, graph.links, "none").T.toarray()
     x = graph.x
     for hop in range(1, 6):
-        x = hears @ x
+        x = links @ x
         assert x[hop, 0] == 1 and x[6 + hop, 1] == 1 and np.count_nonzero(x) == 2
 
 

@@ -359,12 +359,12 @@ def test_importing_the_check_is_light():
 
 def test_values_without_a_target_have_types_too():
     schema = {"sample": {"classes": None, "input": None}, "speed": {"threads": None, "channels_last": None}}
-    for key, value, told in (
+    for key, value, sentence in (
         ("classes", 3, "sample.classes must be a list of integers or null, got 3. Write a list: [3]."),
         ("classes", ["cat"], "sample.classes must be a list of integers or null"),
         ("input", 3, "sample.input must be text or a list of text or null, got 3."),
     ):
-        assert told in message({"sample": {key: value}}, schema=schema)
+        assert sentence in message({"sample": {key: value}}, schema=schema)
     assert "speed.threads must be an integer or null" in message({"speed": {"threads": "many"}}, schema=schema)
     assert "speed.channels_last must be true or" in message({"speed": {"channels_last": 1}}, schema=schema)
     check({"sample": {"classes": [1, 2], "input": "a.png"}, "speed": {"threads": 2}}, schema=schema)

@@ -45,17 +45,17 @@ def need(tmp_path) -> dict:
 
 
 def test_trained_when_missing_and_used_afterwards(need, commands, tmp_path):
-    said = []
-    say = lambda text, **_: said.append(text)
+    messages = []
+    say = lambda text, **_: messages.append(text)
     result = ensure("teacher", need, seed=3, paths={"outputs": tmp_path}, say=say)
     assert result == {"objective": 1.0, "step": 2} and len(commands) == 1
     command = commands[0]
     assert command[1:5] == ["-m", "projects.run", "+experiment=edm_tiny", "seed=3"]
     assert f"run.dir='{tmp_path}/teacher'" in command and command[-1] == "trainer.max_steps=2"
     assert f"paths.outputs='{tmp_path}'" in command
-    assert "training it first" in said[0]
+    assert "training it first" in messages[0]
     assert ensure("teacher", need, seed=3, paths={}, say=say) == result and len(commands) == 1
-    assert "using the finished edm_tiny run" in said[-1]
+    assert "using the finished edm_tiny run" in messages[-1]
 
 
 @pytest.mark.parametrize("damage", ["export/model.safetensors", "export/model.safetensors.sha256", "result.json"])
@@ -73,13 +73,13 @@ def test_a_run_that_is_not_whole_is_made_again(damage, need, commands, tmp_path)
 
 def test_a_shortened_run_does_not_stand_in_for_a_whole_one(need, commands, tmp_path):
     finish(tmp_path / "teacher")
-    said = []
+    messages = []
     whole = {key: value for key, value in need.items() if key != "overrides"}
-    with pytest.raises(UserError, match="did not finish"):  # the stand-in above trains 2 steps, whatever it is told
-        ensure("teacher", whole, seed=0, paths={}, say=lambda text, **_: said.append(text))
-    assert len(commands) == 1 and "training it first for 8,000 steps" in said[0]
-    assert "needs.teacher.overrides=['trainer.max_steps=20']" in said[0]
-    command = next(text for text in said[0].split('"') if text.startswith("needs.teacher.overrides="))
+    with pytest.raises(UserError, match="did not finish"):  # the stand-in above trains 2 steps, whatever is configured
+        ensure("teacher", whole, seed=0, paths={}, say=lambda text, **_: messages.append(text))
+    assert len(commands) == 1 and "training it first for 8,000 steps" in messages[0]
+    assert "needs.teacher.overrides=['trainer.max_steps=20']" in messages[0]
+    command = next(text for text in messages[0].split('"') if text.startswith("needs.teacher.overrides="))
     assert OverridesParser.create().parse_override(command).value() == ["trainer.max_steps=20"]
 
 

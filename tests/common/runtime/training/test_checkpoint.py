@@ -45,15 +45,15 @@ def test_newest_first_by_number_and_strangers_ignored(folder):
 def test_a_damaged_one_is_named_and_passed_over(folder):
     newest = folder / "step-00000100.ckpt"
     newest.write_bytes(newest.read_bytes()[:-1])
-    said = []
-    assert latest_complete(folder, say=said.append) == folder / "step-00000010.ckpt"
-    assert len(said) == 1 and str(newest) in said[0]
+    messages = []
+    assert latest_complete(folder, say=messages.append) == folder / "step-00000010.ckpt"
+    assert len(messages) == 1 and str(newest) in messages[0]
     with pytest.raises(UserError, match="does not match its checksum") as error:
         read_checkpoint(newest)
     assert str(newest) in str(error.value)
     for path in list_checkpoints(folder):
         path.write_bytes(b"")
-    assert latest_complete(folder, say=said.append) is None and len(said) == 4
+    assert latest_complete(folder, say=messages.append) is None and len(messages) == 4
 
 
 def test_missing_file(tmp_path):

@@ -93,7 +93,7 @@ def test_a_number_replaces_bad_gradients_and_goes_on(limit, expected):
     assert weight.grad.tolist() == expected
     weight.grad[0] = math.inf
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once
+        warnings.simplefilter("error")  # warned once
         guard.on_before_optimizer_step(trainer, None, optimizer)
     assert weight.grad[0] == limit
 
