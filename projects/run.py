@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -12,7 +13,8 @@ def main() -> int:
     from common.runtime.cli import launch
 
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(launch.help_text(CONF))
+        with suppress(BrokenPipeError):  # the reader, `head` say, has seen enough
+            print(launch.help_text(CONF), flush=True)
         return 0
 
     if any(word.startswith("--e") for word in sys.argv[1:]):

@@ -96,18 +96,18 @@ def repo() -> Path:
 
 @pytest.fixture(scope="session")
 def experiment_config():
-    """experiment_config(name) -> its configuration, composed once per process; a copy, free to change."""
+    """experiment_config(name, *overrides) -> its configuration, composed once per process; a copy, free to change."""
     from hydra import compose, initialize_config_dir
 
     from common.runtime.cli.launch import register_resolvers
 
     @cache
-    def composed(name: str):
+    def composed(name: str, *overrides: str):
         register_resolvers()
         with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-            return compose("config", overrides=[f"+experiment={name}", f"run.experiment={name}"])
+            return compose("config", overrides=[f"+experiment={name}", f"run.experiment={name}", *overrides])
 
-    return lambda name: composed(name).copy()
+    return lambda name, *overrides: composed(name, *overrides).copy()
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def ensure(name: str, need: dict, *, seed: int, paths: dict, say=print) -> dict:
             say(
                 f"[{name}] no finished {need['experiment']} run in {folder}: training it first{length}. "
                 f"For a quick try of this experiment: needs.{name}.dir=<another folder> "
-                f"\"needs.{name}.overrides=['trainer.max_steps=20']\"",
+                f"\"++needs.{name}.overrides=['trainer.max_steps=20']\"",
                 flush=True,
             )
             command = [
