@@ -74,5 +74,5 @@ def test_bad_places_are_one_sentence():
         with_ham(vit(), at="blocks.7.attn")
     with pytest.raises(UserError, match=r"Linear has no self-attention"):
         with_ham(nn.Linear(2, 2))
-    with pytest.raises(UserError, match=r"A ham looks at all tokens at once and has no mask"):
+    with pytest.raises(UserError, match=r"A ham mixes all tokens and takes no mask"):
         TokenHam(8)(torch.rand(1, 4, 8), attn_mask=torch.ones(4, 4))
