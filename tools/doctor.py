@@ -240,12 +240,17 @@ def _check_data(name: str, folder: Path) -> None:
 
 def weights(root: str | None) -> Iterable[Finding]:
     """Weights experiments start from, and weights the metrics need."""
+    from omegaconf import OmegaConf
+
     from common.weights.official import RELEASES
 
     folder, _ = data_root(root)
     releases = {experiment: release for release in RELEASES.values() for experiment in release.used_by}
     seen = set()
     for path in sorted((ROOT / "conf" / "experiment").glob("*.yaml")):
+        given = _with_parents("experiment", path.stem)
+        if "${needs." in str(OmegaConf.to_container(given, resolve=False).get("init", {}).get("file")):
+            continue  # the run trains it itself
         file = _read("experiment", path.stem, "init.file", folder)
         if not file or file in seen:
             continue
@@ -262,8 +267,8 @@ def weights(root: str | None) -> Iterable[Finding]:
             fix="" if there else fix,
         )  # fmt: skip
     for path in sorted((ROOT / "conf" / "evaluate").glob("*.yaml")):
-        for name, extractor in (_read("evaluate", path.stem, "evaluate.extractors", folder) or {}).items():
-            places = extractor.get("weights")
+        for name in _with_parents("evaluate", path.stem).get("extractors") or {}:
+            places = _read("evaluate", path.stem, f"evaluate.extractors.{name}.weights", folder)
             if places and (path.stem, name) not in seen:
                 seen.add((path.stem, name))
                 places = [places] if isinstance(places, str) else places
