@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.files import atomic
 
+LEGEND_WIDTH, LEGEND_MARK = 84, 8  # letters beside each other below a figure; those a marker and its gaps take up
 LOG_SPAN = 1.5  # decades; wider ranges get a logarithmic axis
 COLOURS = ("#2b5c8a", "#c2571a", "#3c7d4f", "#8a3c6b", "#6b6b6b", "#b08c1e")
 
@@ -104,7 +105,9 @@ def plot_panels(panels: Mapping[str, Lines], path, *, xlabel: str) -> None:
         if len(panels) > 1:
             axis.legend(frameon=False, fontsize="small")
         else:
-            figure.legend(loc="outside lower center", ncols=min(3, len(axis.lines)), frameon=False)
+            longest = max((len(str(line.get_label())) for line in axis.lines), default=1)
+            columns = min(3, len(axis.lines), max(1, LEGEND_WIDTH // (longest + LEGEND_MARK)))
+            figure.legend(loc="outside lower center", ncols=columns, frameon=False)
         axis.set_xlabel(xlabel)
     save_figure(figure, path)
 
